@@ -1,0 +1,1 @@
+"""Lens prescriptions in the JSON schema of DeepLens, with source and checked numbers under `psfgen`."""

@@ -1,0 +1,5 @@
+"""`python -m psfgen` is the `psfgen` command."""
+
+from psfgen.cli import main
+
+main()

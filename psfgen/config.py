@@ -1,0 +1,229 @@
+"""The render job as a config, and the loader that psftrain shares: defaults < YAML < `--set a.b=c`."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from psfgen.errors import ConfigError, nearest
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, and a key it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True)
+
+
+def parse_distance_mm(value: object) -> float:
+    """One distance in mm: `400mm`, `0.4m`, `inf`; a bare number is mm.
+
+    Raises ValueError unless the distance is positive.
+    """
+    text = str(value).strip().lower()
+    scale, digits = 1.0, text
+    if text.endswith("mm"):
+        digits = text[:-2]
+    elif text.endswith("m"):
+        scale, digits = 1000.0, text[:-1]
+    try:
+        distance_mm = float(digits) * scale
+    except ValueError:
+        raise ValueError(f"'{value}' is no distance; write 400mm, 0.4m, inf or a number of mm") from None
+    if not distance_mm > 0:
+        raise ValueError(f"distance {value} is not positive; distances are counted from the first surface, in front")
+    return distance_mm
+
+
+def parse_distances_mm(value: object) -> tuple[float, ...]:
+    """Distances in mm, ascending: a list `1m,2m,inf`, a range `0.4m:20m:16` evenly spaced in
+    dioptres, `0.4m:20m:16@mm` evenly in mm, or a YAML list of distances.
+
+    Raises ValueError on anything else, and on duplicates.
+    """
+    if isinstance(value, (list, tuple)):
+        return _ascending([parse_distance_mm(item) for item in value], "distance")
+    text = str(value)
+    if ":" not in text:
+        return _ascending([parse_distance_mm(item) for item in text.split(",")], "distance")
+    body, _, spacing = text.partition("@")
+    parts = body.split(":")
+    if len(parts) != 3 or spacing not in ("", "mm") or not parts[2].strip().isdigit() or int(parts[2]) < 1:
+        raise ValueError(f"'{text}' is no range; write NEAR:FAR:COUNT, such as 0.4m:20m:8 or 0.4m:20m:8@mm")
+    first, last, count = parse_distance_mm(parts[0]), parse_distance_mm(parts[1]), int(parts[2])
+    if spacing and math.isinf(max(first, last)):
+        raise ValueError(f"'{text}' cannot be spaced evenly in mm up to inf; leave out @mm")
+    if count == 1:
+        return (first,) if first == last else _ascending([first, last][:1], "distance")
+    steps = [i / (count - 1) for i in range(count)]
+    if spacing:
+        inner = [first + (last - first) * s for s in steps]
+    else:
+        near, far = 1 / first, 1 / last
+        inner = [math.inf if (d := near + (far - near) * s) == 0 else 1 / d for s in steps]
+    inner[0], inner[-1] = first, last  # exactly as typed, free of rounding
+    return _ascending(inner, "distance")
+
+
+def _ascending(values: Sequence[float], what: str) -> tuple[float, ...]:
+    ordered = tuple(sorted(values))
+    for a, b in zip(ordered, ordered[1:], strict=False):
+        if a == b:
+            raise ValueError(f"{what} {a:g} is given twice")
+    return ordered
+
+
+def _numbers(value: object) -> list[float]:
+    items = value if isinstance(value, (list, tuple)) else str(value).split(",")
+    try:
+        return [float(item) for item in items]
+    except (TypeError, ValueError):
+        raise ValueError(f"'{value}' is no list of numbers") from None
+
+
+def _wavelengths(value: object) -> tuple[float, ...]:
+    values = _numbers(value)
+    for wavelength_um in values:
+        if 100 <= wavelength_um <= 20000:
+            raise ValueError(f"wavelength {wavelength_um:g} is not in um; did you mean {wavelength_um / 1000:g}?")
+        if not 0.1 < wavelength_um < 10:
+            raise ValueError(f"wavelength {wavelength_um:g} um is outside 0.1 to 10 um")
+    return _ascending(values, "wavelength")
+
+
+def _one_wavelength(value: object) -> float:
+    return _wavelengths([value])[0]
+
+
+def _size(value: object) -> tuple[float, float]:
+    values = _numbers(value)
+    if len(values) != 2 or not all(0 < v < math.inf for v in values):
+        raise ValueError(f"'{value}' is no size; write W,H in mm, such as 5.04,5.04")
+    return values[0], values[1]
+
+
+Distances = Annotated[tuple[float, ...], BeforeValidator(parse_distances_mm)]
+Wavelengths = Annotated[tuple[float, ...], BeforeValidator(_wavelengths)]
+Wavelength = Annotated[float, BeforeValidator(_one_wavelength)]
+Size = Annotated[tuple[float, float], BeforeValidator(_size)]
+
+
+class RenderConfig(Config):
+    """One render job. Lengths carry their unit in the key; None is filled in from the lens."""
+
+    lens: str = Field("acl12708u", description="a name from `psfgen lenses`, or a .json, .zmx or .seq file")
+    grid: int = Field(20, ge=1, le=4096, description="field points a side")
+    layout: Literal["grid", "cells", "random"] = Field("grid", description="where the field points lie")
+    field_max: float | None = Field(None, gt=0, le=2, description="half side of the field, in half sensor sides")
+    sensor_mm: Size | None = Field(None, description="sensor width and height")
+    fnum: float | None = Field(None, gt=0, le=128, description="stop down to this F-number")
+    depth: Distances = Field(parse_distances_mm("0.4m:20m:8"), description="object distances, mm")
+    focus: Distances = Field(parse_distances_mm("0.4m:20m:4"), description="focus distances, mm")
+    wavelength: Wavelengths = Field((0.45, 0.55, 0.65), description="um")
+    reference_um: Wavelength = Field(0.5876, description="EFL, focus and chief ray are computed at it")
+    spp: int = Field(4096, ge=16, le=2**20, description="rays per kernel")
+    kernel_px: int = Field(64, ge=2, le=1024, description="samples a side of a kernel")
+    bins: int = Field(15, ge=1, description="bins a side of the binned kernel")
+    pitch_um: float | None = Field(None, gt=0, description="sample spacing at the sensor")
+    engine: str = Field("geometric", description="what computes the kernels")
+    tracer: Literal["deeplens"] = Field("deeplens", description="what traces the rays of engine geometric")
+    seed: int = Field(0, ge=0, description="rotates the pupil points; draws layout random")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:i")
+    workers: int | None = Field(None, ge=1, description="processes; default: one a core, at most one a block")
+    out: str = Field("psfs.zarr", min_length=1, description="the store")
+    format: str = Field("zarr", description="format of the store")
+    executor: str = Field("local", description="where the blocks run")
+
+    @model_validator(mode="after")
+    def _bins_fit(self) -> RenderConfig:
+        if self.bins > self.kernel_px:
+            raise ValueError(f"bins {self.bins} is more than kernel_px {self.kernel_px}; give --bins or --kernel-px")
+        if self.layout == "cells" and self.grid < 2:
+            raise ValueError("layout cells of grid 1 has no cell; give --grid 2 or more")
+        return self
+
+
+C = TypeVar("C", bound=Config)
+
+
+def load_config(model: type[C], path: str | Path | None = None, overrides: Sequence[str | tuple[str, Any]] = ()) -> C:
+    """Build `model` from its defaults, then a YAML file, then overrides, the later winning.
+
+    An override is a `--set` text "a.b=c" (the value is YAML) or a (key, value) pair from a flag.
+    Raises ConfigError naming the key's full path, the value, the nearest known key or what is allowed.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        data = _read_yaml(Path(path))
+    for override in overrides:
+        if isinstance(override, tuple):
+            key, value = override
+        else:
+            key, equals, text = override.partition("=")
+            if not equals:
+                raise ConfigError(f"--set {override}: write KEY=VALUE")
+            try:
+                value = yaml.safe_load(text)
+            except yaml.YAMLError:
+                raise ConfigError(f"--set {override}: '{text}' is no YAML value") from None
+        _assign(data, key.strip().split("."), value)
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_explain(model, error, path)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise ConfigError(f"config {path} cannot be read: {reason}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"config {path} is no YAML{where}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"config {path} holds a {type(loaded).__name__}; write KEY: VALUE lines")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _assign(data: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        child = data.get(key)
+        data[key] = dict(child) if isinstance(child, Mapping) else {}
+        data = data[key]
+    data[keys[-1]] = value
+
+
+def _explain(model: type[Config], error: ValidationError, path: str | Path | None) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+    where = f" in {path}" if path is not None else ""
+    if first["type"] == "extra_forbidden":
+        known = sorted(_keys_beside(model, first["loc"]))
+        return f"unknown key '{key}'{where}{nearest(str(first['loc'][-1]), known)}; known here: {', '.join(known)}"
+    reason = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return reason
+    if first["type"] == "value_error":
+        return f"{key}: {reason}"
+    return f"{key}: {reason[0].lower() + reason[1:]}, got {first['input']!r}"
+
+
+def _keys_beside(model: type[Config], loc: tuple[int | str, ...]) -> list[str]:
+    """The keys that may stand where the path `loc` ends."""
+    here: Any = model
+    for part in loc[:-1]:
+        annotation = here.model_fields[str(part)].annotation
+        options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+        here = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return list(here.model_fields)

@@ -1,0 +1,36 @@
+"""Where the kernels stand: field points and pupil seeds. Pure numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+LAYOUTS = ("grid", "cells", "random")
+
+
+def field_axes(count: int, layout: str, field_max: float, seed: int) -> tuple[Array, Array]:
+    """Ascending `field_x`, `field_y` of a layout, in half sensor sides.
+
+    - "grid": `count` values a side over [-field_max, field_max]; 1 is the axis alone
+    - "cells": the centres of that grid's cells, `count - 1` a side
+    - "random": `count` seeded draws a side, uniform over the same span
+    """
+    if layout == "random":
+        rng = np.random.default_rng(np.random.SeedSequence([seed, LAYOUTS.index(layout)]))
+        return tuple(np.sort(rng.uniform(-field_max, field_max, count)) for _ in "xy")  # type: ignore[return-value]
+    nodes = np.linspace(-field_max, field_max, count) if count > 1 else np.zeros(1)
+    axis = (nodes[1:] + nodes[:-1]) / 2 if layout == "cells" else nodes
+    axis = (axis - axis[::-1]) / 2  # exactly symmetric, so that mirrored points are mirrored to the last bit
+    return axis, axis.copy()
+
+
+def pupil_shift(seed: int, layout: str) -> tuple[float, float]:
+    """Two numbers in [0, 1) that place the pupil spiral.
+
+    They differ between layouts, so that a held-out store does not share its sampling error with the
+    training grid.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 1000 + LAYOUTS.index(layout)]))
+    turn, radius = rng.uniform(size=2)
+    return float(turn), float(radius)

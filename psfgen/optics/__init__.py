@@ -1,0 +1,1 @@
+"""What a ray does, independent of any store."""

@@ -1,0 +1,109 @@
+"""A render job made definite: what is computed, and the ordered blocks it is computed in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psfgen.config import RenderConfig
+from psfgen.errors import ConfigError, PlanMismatch
+from psfgen.grid import field_axes
+from psfgen.store import schema
+
+if TYPE_CHECKING:
+    from psfgen.optics.lens import Lens
+
+# How and where a job runs; none of it changes a number.
+INVOCATION = ("out", "format", "executor", "workers", "device")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config with nothing left open, and the prescription it is about."""
+
+    config: RenderConfig
+    lens_name: str
+    lens_text: str
+    lens_sha256: str
+
+    @classmethod
+    def of(cls, config: RenderConfig, lens: Lens) -> Plan:
+        """Fill in what the config leaves to the lens. Raises LensError where its glass does not reach."""
+        lens.check_wavelengths((*config.wavelength, config.reference_um))
+        filled = {
+            "field_max": lens.field_max if config.field_max is None else config.field_max,
+            "pitch_um": lens.pitch_um if config.pitch_um is None else config.pitch_um,
+        }
+        return cls(config.model_copy(update=filled), lens.name, lens.text, lens.sha256)
+
+    @cached_property
+    def coords(self) -> dict[str, NDArray[np.float64]]:
+        """Every coordinate of the store, by name."""
+        c = self.config
+        assert c.field_max is not None and c.pitch_um is not None
+        field_x, field_y = field_axes(c.grid, c.layout, c.field_max, c.seed)
+        return schema.coordinates(
+            focus_mm=np.array(c.focus),
+            depth_mm=np.array(c.depth),
+            field_y=field_y,
+            field_x=field_x,
+            wavelength_um=np.array(c.wavelength),
+            kernel_px=c.kernel_px,
+            bins=c.bins,
+            pitch_um=c.pitch_um,
+        )
+
+    @cached_property
+    def document(self) -> dict[str, Any]:
+        """Everything that decides the numbers, as plain data; its hash identifies the plan."""
+        keys: dict[str, Any] = schema.plain(self.config.model_dump(exclude={*INVOCATION, "lens"}))
+        return {"schema_version": schema.SCHEMA_VERSION, "lens_sha256": self.lens_sha256, **keys}
+
+    @property
+    def sha256(self) -> str:
+        return schema.sha256_of(self.document)
+
+    @property
+    def blocks(self) -> range:
+        """Indices of the blocks: one a depth."""
+        return range(len(self.config.depth))
+
+    @property
+    def kernels_per_block(self) -> int:
+        return math.prod(len(self.coords[dim]) for dim in schema.KERNELS if dim != "depth")
+
+    @property
+    def kernels(self) -> int:
+        return self.kernels_per_block * len(self.blocks)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the arrays before compression."""
+        spec = schema.StoreSpec(self.coords, {})
+        return sum(math.prod(spec.shape(name)) * 4 for name in schema.ARRAY_DIMS)
+
+    def require_same(self, stored: dict[str, Any], path: object) -> None:
+        """Raise PlanMismatch, naming the first key that differs, unless the store at `path` has this plan."""
+        found = stored.get("plan", {})
+        for key, wanted in self.document.items():
+            if found.get(key) != wanted:
+                flag = "lens" if key == "lens_sha256" else key
+                raise PlanMismatch(
+                    f"{path} exists with another plan: {flag} is {found.get(key)}, this render asks for {wanted}; "
+                    "choose another --out, or --overwrite to start anew"
+                )
+
+
+def share(blocks: range, shard: str | None) -> range:
+    """The blocks of shard "I/N" (0-based), or all of them. Raises ConfigError for anything else."""
+    if shard is None:
+        return blocks
+    rank, slash, count = shard.partition("/")
+    if not (slash and rank.isdigit() and count.isdigit() and int(rank) < int(count)):
+        raise ConfigError(f"--shard {shard}: write I/N with I from 0 to N - 1, such as 0/4")
+    return blocks[int(rank) :: int(count)]

@@ -1,0 +1,1 @@
+"""psftrain: learns from a PSF store a conditional VAE that gives the PSF anywhere, at once."""
