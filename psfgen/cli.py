@@ -27,7 +27,7 @@ def main() -> None:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 def cli() -> None:
-    """Ray-trace the point-spread functions of a lens over field, depth, focus and wavelength.
+    r"""Ray-trace the point-spread functions of a lens over field, depth, focus and wavelength.
 
     \b
     psfgen render --grid 20      trace the default lens into psfs.zarr
@@ -233,8 +233,8 @@ def info(store: str, verbose: bool, as_json: bool) -> int:
 
 @cli.command()
 @click.argument("store", default="psfs.zarr")
-@click.option("--out", metavar="PNG", help="The picture. [STORE-depth..-focus...png, a page each]")
-@click.option("--depth", metavar="D", help="Depths to draw. [nearest, middle, farthest]")
+@click.option("--out", metavar="PNG", help="The picture; several pages get a suffix each. [STORE.png]")
+@click.option("--depth", metavar="D", help="Depths to draw. [the one most in focus]")
 @click.option("--focus", metavar="D", help="Focus distances to draw. [all]")
 @common
 def show(store: str, out: str | None, depth: str | None, focus: str | None, verbose: bool, as_json: bool) -> int:
@@ -243,8 +243,7 @@ def show(store: str, out: str | None, depth: str | None, focus: str | None, verb
     from psfgen.store import open_store
 
     opened: Store = open_store(store)
-    default = Path(opened.path.name).with_suffix("")
-    pages = contact_sheets(opened, Path(out) if out else default, depth=depth, focus=focus)
+    pages = contact_sheets(opened, Path(out or f"{opened.path.stem}.png"), depth=depth, focus=focus)
     _answer("show", {"paths": {"pictures": [str(page) for page in pages]}}, "\n".join(map(str, pages)), as_json)
     return 0
 

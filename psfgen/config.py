@@ -6,8 +6,9 @@ import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -73,7 +74,7 @@ def parse_distances_mm(value: object) -> tuple[float, ...]:
 
 def _ascending(values: Sequence[float], what: str) -> tuple[float, ...]:
     ordered = tuple(sorted(values))
-    for a, b in zip(ordered, ordered[1:], strict=False):
+    for a, b in pairwise(ordered):
         if a == b:
             raise ValueError(f"{what} {a:g} is given twice")
     return ordered
@@ -149,10 +150,9 @@ class RenderConfig(Config):
         return self
 
 
-C = TypeVar("C", bound=Config)
-
-
-def load_config(model: type[C], path: str | Path | None = None, overrides: Sequence[str | tuple[str, Any]] = ()) -> C:
+def load_config[C: Config](
+    model: type[C], path: str | Path | None = None, overrides: Sequence[str | tuple[str, Any]] = ()
+) -> C:
     """Build `model` from its defaults, then a YAML file, then overrides, the later winning.
 
     An override is a `--set` text "a.b=c" (the value is YAML) or a (key, value) pair from a flag.

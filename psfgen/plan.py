@@ -45,7 +45,8 @@ class Plan:
     def coords(self) -> dict[str, NDArray[np.float64]]:
         """Every coordinate of the store, by name."""
         c = self.config
-        assert c.field_max is not None and c.pitch_um is not None
+        assert c.field_max is not None
+        assert c.pitch_um is not None
         field_x, field_y = field_axes(c.grid, c.layout, c.field_max, c.seed)
         return schema.coordinates(
             focus_mm=np.array(c.focus),

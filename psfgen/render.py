@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from psfgen import __version__
 from psfgen.config import RenderConfig
@@ -114,7 +115,7 @@ def _write_block(engine: Engine, plan: Plan, store: Store, index: int, on_kernel
     depth = slice(index, index + 1)
     depth_mm = float(coords["depth"][index])
     focuses, rows, columns, waves = (len(coords[dim]) for dim in ("focus", "field_y", "field_x", "wavelength"))
-    small = {
+    small: dict[str, NDArray[Any]] = {
         "throughput": np.empty((rows, columns, waves)),
         **{name: np.empty((focuses, rows, columns, waves)) for name in PER_FOCUS},
         "psf_binned": np.empty((focuses, rows, columns, waves, plan.config.bins, plan.config.bins), np.float32),

@@ -60,4 +60,4 @@ class DeepLensEngine:
                 model="geometric",
                 recenter=True,
             )
-        return kernel.detach().cpu().numpy().astype(np.float64)
+        return np.asarray(kernel.detach().cpu(), dtype=np.float64)

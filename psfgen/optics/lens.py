@@ -181,7 +181,7 @@ def _find(name: str) -> tuple[str, str, str]:
 
 def _parse_json(name: str, text: str) -> dict[str, Any]:
     try:
-        document = json.loads(text)
+        document: Any = json.loads(text)
     except ValueError as error:
         raise LensError(f"lens {name} is broken JSON: {error}") from None
     surfaces = document.get("surfaces") if isinstance(document, dict) else None
@@ -191,7 +191,7 @@ def _parse_json(name: str, text: str) -> dict[str, Any]:
         for key in REQUIRED:
             if not isinstance(surface, dict) or key not in surface:
                 raise LensError(f"lens {name}: surface {index} has no '{key}'")
-    return document
+    return dict(document)
 
 
 def _with_sensor(name: str, suffix: str, text: str, sensor_mm: tuple[float, float] | None) -> str:

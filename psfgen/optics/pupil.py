@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,7 +45,8 @@ def aim(lens: Lens, field_xy: Tensor, depth_mm: float, pupil_xy: Tensor) -> tupl
     `depth_mm` may be inf; the beam is then collimated. The shapes broadcast.
     """
     slopes = field_slopes(lens, field_xy)
-    pupil_xy, slopes = torch.broadcast_tensors(pupil_xy, slopes)
+    shape = np.broadcast_shapes(pupil_xy.shape, slopes.shape)
+    pupil_xy, slopes = pupil_xy.expand(shape), slopes.expand(shape)
     pupil = torch.cat([pupil_xy, torch.full_like(pupil_xy[..., :1], lens.pupil_z_mm)], dim=-1)
     if math.isinf(depth_mm):
         d = torch.cat([-slopes, torch.ones_like(slopes[..., :1])], dim=-1)

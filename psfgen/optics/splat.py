@@ -48,7 +48,8 @@ def overlap_matrix(kernel_px: int, bins: int) -> Array:
     sample = np.arange(kernel_px)
     upper = np.minimum(edges[1:, None], sample + 1)
     lower = np.maximum(edges[:-1, None], sample)
-    return np.clip(upper - lower, 0, None)
+    share: Array = np.clip(upper - lower, 0, None)
+    return share
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,12 @@ def channels_to_rgb(kernels: NDArray[np.floating]) -> NDArray[np.float64]:
     if count <= 2:  # too few to separate: grey, or cyan against red
         weights = np.ones((3, 1)) if count == 1 else np.array([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
     weights = weights / weights.sum(axis=1, keepdims=True)
-    return np.einsum("cw,...wyx->...yxc", weights, np.nan_to_num(kernels))
+    rgb: NDArray[np.float64] = np.einsum("cw,...wyx->...yxc", weights, np.nan_to_num(kernels))
+    return rgb
 
 
 def stretch(rgb: NDArray[np.floating], peak: float | None = None, gamma: float = 2.2) -> NDArray[np.float64]:
     """Linear RGB to display values in [0, 1]: divided by `peak` (default: its own), then gamma."""
     top = float(rgb.max()) if peak is None else peak
-    return np.clip(rgb / (top or 1.0), 0, 1) ** (1 / gamma)
+    shown: NDArray[np.float64] = np.clip(rgb / (top or 1.0), 0, 1) ** (1 / gamma)
+    return shown

@@ -67,7 +67,7 @@ def block_name(index: int) -> str:
 
 def centres_um(count: int, pitch_um: float) -> NDArray[np.float64]:
     """Ascending centres of `count` samples of spacing `pitch_um`, symmetric about 0."""
-    return (np.arange(count) - (count - 1) / 2) * pitch_um
+    return (np.arange(count, dtype=np.float64) - (count - 1) / 2) * np.float64(pitch_um)
 
 
 def coordinates(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import uuid
 import warnings
@@ -66,7 +65,7 @@ class ZarrStore:
             try:
                 temporary.parent.mkdir(parents=True, exist_ok=True)
                 _lay_out(temporary, spec)
-                os.rename(temporary, path)
+                temporary.rename(path)
             except OSError:
                 if not cls.is_store(path):
                     raise

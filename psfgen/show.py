@@ -1,0 +1,183 @@
+"""A store for people: its description in words, and contact sheets of its kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from psfgen.config import parse_distances_mm
+from psfgen.errors import ConfigError, StoreError
+from psfgen.store import Store, schema
+from psfgen.store.colour import channels_to_rgb, stretch
+
+MOST_TILES = 11  # a side; more would be too small to read
+TILE_PX = 64
+SHEET_PX = 700
+GAP_PX = 4
+
+
+def describe(store: Store) -> tuple[dict[str, Any], str]:
+    """What `psfgen info` says of a store: (document, text)."""
+    attrs, coords = store.attrs, store.coords
+    lens, missing = attrs["lens"], len(store.missing())
+    axes = {dim: {"size": len(v), "first": v[0], "last": v[-1], **schema.COORD_ATTRS[dim]} for dim, v in coords.items()}
+    document: dict[str, Any] = {
+        "paths": {"store": str(store.path)},
+        "complete": not missing,
+        "lens": {"name": lens["name"], "sha256": lens["sha256"]},
+        "axes": axes,
+        "plan_sha256": attrs["plan_sha256"],
+        "config": attrs["config"],
+        "versions": attrs["versions"],
+        "sensor_z_mm": attrs["sensor_z_mm"],
+    }
+    size = " x ".join(f"{len(coords[dim])} {dim}" for dim in schema.KERNELS)
+    waves = ", ".join(f"{w:g}" for w in coords["wavelength"])
+    lines = [
+        f"{store.path}: {'complete' if not missing else f'{missing} of {len(store.blocks)} blocks missing'}",
+        f"lens      {lens['name']} (sha256 {lens['sha256'][:12]}), engine {attrs['engine']}, tracer {attrs['tracer']}",
+        f"kernels   {size}",
+        f"sampling  {len(coords['kx'])} x {len(coords['ky'])} samples of {attrs['pitch_um']:g} um, "
+        f"binned to {len(coords['bx'])} x {len(coords['by'])}; wavelengths {waves} um",
+        f"depth     {_span(coords['depth'])} mm",
+        f"focus     {_span(coords['focus'])} mm, sensor at "
+        + ", ".join(f"{z:.4f}" for z in attrs["sensor_z_mm"].values())
+        + " mm",
+        f"field     x {_span(coords['field_x'])}, y {_span(coords['field_y'])} half sensor sides of "
+        + " x ".join(f"{side:g}" for side in attrs["sensor_mm"])
+        + " mm",
+        f"made by   plan {attrs['plan_sha256'][:12]}, seed {attrs['seed']}, "
+        + ", ".join(f"{name} {number}" for name, number in attrs["versions"].items()),
+    ]
+    if not missing:
+        for name, meaning in (("throughput", "light let through"), ("captured", "energy in the window")):
+            values = store.read(name)
+            document[name] = {"min": values.min(), "median": np.median(values)}
+            lines.append(f"{name:<10}{meaning}: median {np.median(values):.1%}, least {values.min():.1%}")
+        noise = store.read("noise")
+        if not np.isnan(noise).all():
+            document["noise"] = {"median": np.nanmedian(noise), "max": np.nanmax(noise)}
+            lines.append(f"noise     estimated error: median {np.nanmedian(noise):.1%}, most {np.nanmax(noise):.1%}")
+    return document, "\n".join(lines)
+
+
+def _span(values: NDArray[np.float64]) -> str:
+    return f"{values[0]:.6g}" if len(values) == 1 else f"{values[0]:.6g} to {values[-1]:.6g} ({len(values)})"
+
+
+def contact_sheets(store: Store, out: Path, *, depth: str | None = None, focus: str | None = None) -> list[Path]:
+    """Draw a page for each chosen depth and focus; returns the paths written.
+
+    Without `depth`, each focus distance is shown at the depth most in focus. Raises ConfigError for a
+    distance the store does not hold.
+    """
+    focuses = _pick(store, "focus", focus) if focus else list(range(len(store.coords["focus"])))
+    depths = _pick(store, "depth", depth) if depth else None
+    pairs = [(f, d) for f in focuses for d in (depths if depths is not None else [_sharpest(store, f)])]
+    pages = []
+    for f, d in pairs:
+        page = out
+        if len(pairs) > 1:
+            distances = f"depth{store.coords['depth'][d]:.0f}mm-focus{store.coords['focus'][f]:.0f}mm"
+            page = out.with_name(f"{out.stem}-{distances}{out.suffix or '.png'}")
+        _save(_draw(store, f, d), page)
+        pages.append(page)
+    return pages
+
+
+def _pick(store: Store, dim: str, text: str) -> list[int]:
+    try:
+        wanted = parse_distances_mm(text)
+    except ValueError as error:
+        raise ConfigError(f"--{dim} {text}: {error}") from None
+    have = store.coords[dim]
+    indices = []
+    for distance_mm in wanted:
+        index = int(np.argmin(np.abs(1 / have - 1 / distance_mm)))
+        if not np.isclose(have[index], distance_mm, rtol=1e-3):
+            held = ", ".join(f"{v:.6g}" for v in have)
+            raise ConfigError(f"--{dim}: {store.path} holds no {dim} of {distance_mm:g} mm; it holds {held}")
+        indices.append(index)
+    return indices
+
+
+def _sharpest(store: Store, focus: int) -> int:
+    return int(np.argmin(np.abs(store.coords["depth_dioptre"] - store.coords["focus_dioptre"][focus])))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=100)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"picture {path} cannot be written: {error}") from None
+
+
+def _draw(store: Store, focus: int, depth: int) -> Figure:
+    coords = store.coords
+    rows = _spread(len(coords["field_y"]))[::-1]  # scene +y on top
+    columns = _spread(len(coords["field_x"]))
+    here = {"focus": focus, "depth": depth}
+    psf = store.read("psf", **here)[np.ix_(rows, columns)]
+    captured = store.read("captured", **here)[np.ix_(rows, columns)].min(axis=-1)
+    kernel_px = psf.shape[-1]
+    zoom = max(1, min(SHEET_PX // (kernel_px * max(len(rows), len(columns))), 4 * TILE_PX // kernel_px))
+    side = kernel_px * zoom + GAP_PX
+    sheet = np.full((side * len(rows) + GAP_PX, side * len(columns) + GAP_PX, 3), 0.25)
+    for i in range(len(rows)):
+        for j in range(len(columns)):
+            rgb = stretch(channels_to_rgb(psf[i, j]))
+            tile = np.repeat(np.repeat(rgb, zoom, axis=0), zoom, axis=1)
+            sheet[_tile(i, side, tile), _tile(j, side, tile)] = tile
+    inches = np.array(sheet.shape[:2]) / 100  # one sample of the sheet = one pixel of the picture
+    height, width = inches + 1.2
+    figure = Figure(figsize=(max(width, 6.0), height))
+    FigureCanvasAgg(figure)
+    left = (figure.get_figwidth() - inches[1] + 0.4) / 2 / figure.get_figwidth()
+    axes = figure.add_axes((left, 0.6 / height, inches[1] / figure.get_figwidth(), inches[0] / height))
+    axes.imshow(sheet, interpolation="nearest")
+    axes.set_xticks([side * (j + 0.5) for j in range(len(columns))], [f"{coords['field_x'][c]:.2f}" for c in columns])
+    axes.set_yticks([side * (i + 0.5) for i in range(len(rows))], [f"{coords['field_y'][r]:.2f}" for r in rows])
+    axes.set_xlabel("field x (half sensor widths)")
+    axes.set_ylabel("field y (half sensor heights)")
+    for i in range(len(rows)):
+        for j in range(len(columns)):
+            label = f"{captured[i, j]:.0%}" if captured[i, j] > 0 else "no light"
+            axes.text(side * j + GAP_PX + 3, side * i + GAP_PX + 3, label, color="0.75", fontsize=7, va="top")
+    _scale_bar(axes, store, side, zoom)
+    waves = ", ".join(f"{w:g}" for w in coords["wavelength"])
+    axes.set_title(
+        f"{store.attrs['lens']['name']}   depth {coords['depth'][depth] / 1000:.4g} m   "
+        f"focus {coords['focus'][focus] / 1000:.4g} m   {waves} um\n"
+        "tiles scaled to their own peak, gamma 2.2; % = energy in the window, worst channel",
+        fontsize=9,
+    )
+    return figure
+
+
+def _tile(index: int, side: int, tile: NDArray[np.float64]) -> slice:
+    return slice(index * side + GAP_PX, index * side + GAP_PX + tile.shape[0])
+
+
+def _spread(count: int) -> NDArray[np.int64]:
+    """At most MOST_TILES indices, evenly and symmetrically spread, both ends included."""
+    tiles = min(count, MOST_TILES)
+    tiles -= (count - tiles) % 2 if tiles > 1 else 0
+    return np.linspace(0, count - 1, tiles).round().astype(np.int64)
+
+
+def _scale_bar(axes: Axes, store: Store, side: int, zoom: int) -> None:
+    pitch_um = float(store.attrs["pitch_um"])
+    window_um = pitch_um * len(store.coords["kx"])
+    steps = [m * 10.0**e for e in range(-2, 6) for m in (1, 2, 5)]
+    length_um = max(step for step in steps if step <= window_um / 2)
+    length = length_um / pitch_um * zoom
+    x, y = GAP_PX + 6, side - 8  # in the first tile, top left
+    axes.plot([x, x + length], [y, y], color="white", linewidth=2, solid_capstyle="butt")
+    axes.text(x + length / 2, y - 3, f"{length_um:g} um", color="white", fontsize=7, ha="center", va="bottom")
