@@ -9,7 +9,9 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -90,14 +92,20 @@ def resolve_device(name: str) -> str:
 
 
 def render_block(
-    engine: Engine, plan: Plan, store: Store, index: int, on_kernels: Callable[[int], None] = lambda count: None
+    engine: Engine,
+    plan: Plan,
+    store: Store,
+    index: int,
+    *,
+    threads: int = 1,
+    on_kernels: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Render one block and commit it. Whatever goes wrong is noted in the ledger and raised."""
+    """Render one block on `threads` threads and commit it. What goes wrong is noted in the ledger and raised."""
     name = store.blocks[index]
     store.ledger.start(name)
     started = time.monotonic()
     try:
-        rays = _write_block(engine, plan, store, index, on_kernels)
+        rays = _write_block(engine, plan, store, index, threads if engine.concurrent else 1, on_kernels)
         seconds = round(time.monotonic() - started, 3)
         host = {"host": socket.gethostname(), "versions": versions()}
         store.commit(index, {"rays": rays, "seconds": seconds, **host})
@@ -109,45 +117,54 @@ def render_block(
         raise RenderError(f"block {name} of {store.path} failed: {type(error).__name__}: {error}") from error
 
 
-def _write_block(engine: Engine, plan: Plan, store: Store, index: int, on_kernels: Callable[[int], None]) -> int:
+def _write_block(
+    engine: Engine, plan: Plan, store: Store, index: int, threads: int, on_kernels: Callable[[int], None]
+) -> int:
     """Render and write the arrays of a block, band by band; returns the rays launched."""
-    coords = plan.coords
-    depth = slice(index, index + 1)
+    coords, config = plan.coords, plan.config
     depth_mm = float(coords["depth"][index])
     focuses, rows, columns, waves = (len(coords[dim]) for dim in ("focus", "field_y", "field_x", "wavelength"))
     small: dict[str, NDArray[Any]] = {
         "throughput": np.empty((rows, columns, waves)),
         **{name: np.empty((focuses, rows, columns, waves)) for name in PER_FOCUS},
-        "psf_binned": np.empty((focuses, rows, columns, waves, plan.config.bins, plan.config.bins), np.float32),
+        "psf_binned": np.empty((focuses, rows, columns, waves, config.bins, config.bins), np.float32),
         "chief_x_mm": np.empty((focuses, rows, columns)),
         "chief_y_mm": np.empty((focuses, rows, columns)),
     }
+
+    def fill(psf: NDArray[Any], at: NDArray[np.int64], first: int) -> tuple[int, int]:
+        """Render the field points `at` (flat indices) into `psf`, whose first point is `first`, and `small`."""
+        r, c = np.divmod(at, columns)
+        field_xy = np.stack([coords["field_x"][c], coords["field_y"][r]], axis=-1)
+        found = engine.deposit(torch.from_numpy(field_xy), depth_mm)
+        kernels = normalise(found.halves, config.bins)
+        psf[:, at - first] = kernels.psf.swapaxes(0, 1)
+        small["psf_binned"][:, r, c] = kernels.psf_binned.swapaxes(0, 1)
+        small["throughput"][r, c] = found.throughput
+        small["captured"][:, r, c] = found.captured.swapaxes(0, 1)
+        small["noise"][:, r, c] = kernels.noise.swapaxes(0, 1)
+        small["noise_binned"][:, r, c] = kernels.noise_binned.swapaxes(0, 1)
+        small["chief_x_mm"][:, r, c] = found.chief_mm[..., 0].T
+        small["chief_y_mm"][:, r, c] = found.chief_mm[..., 1].T
+        return found.rays, kernels.noise.size
+
+    # Threads of our own instead of torch's: those meet after every operation, which crawls on a shared machine.
     rays = 0
-    for first in range(0, rows, store.spec.band_rows):
-        band = slice(first, first + store.spec.band_rows)
-        y, x = np.meshgrid(coords["field_y"][band], coords["field_x"], indexing="ij")
-        field_xy = torch.from_numpy(np.stack([x.ravel(), y.ravel()], axis=-1))
-        psf = np.empty((focuses, len(field_xy), waves, plan.config.kernel_px, plan.config.kernel_px), np.float32)
-        for start in range(0, len(field_xy), engine.batch):
-            points = slice(start, start + engine.batch)
-            found = engine.deposit(field_xy[points], depth_mm)
-            kernels = normalise(found.halves, plan.config.bins)
-            r, c = np.divmod(np.arange(start, start + len(found.throughput)) + first * columns, columns)
-            psf[:, points] = kernels.psf.swapaxes(0, 1)
-            small["psf_binned"][:, r, c] = kernels.psf_binned.swapaxes(0, 1)
-            small["throughput"][r, c] = found.throughput
-            small["captured"][:, r, c] = found.captured.swapaxes(0, 1)
-            small["noise"][:, r, c] = kernels.noise.swapaxes(0, 1)
-            small["noise_binned"][:, r, c] = kernels.noise_binned.swapaxes(0, 1)
-            small["chief_x_mm"][:, r, c] = found.chief_mm[..., 0].T
-            small["chief_y_mm"][:, r, c] = found.chief_mm[..., 1].T
-            rays += found.rays
-            store.ledger.touch(store.blocks[index])
-            on_kernels(kernels.noise.size)
-        store.write("psf", psf.reshape(focuses, 1, -1, columns, *psf.shape[2:]), depth=depth, field_y=band)
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for row in range(0, rows, store.spec.band_rows):
+            band = np.arange(row * columns, (row + store.spec.band_rows) * columns)
+            psf = np.empty((focuses, len(band), waves, config.kernel_px, config.kernel_px), np.float32)
+            batches = [band[start : start + engine.batch] for start in range(0, len(band), engine.batch)]
+            for launched, count in pool.map(partial(fill, psf, first=band[0]), batches):
+                rays += launched
+                store.ledger.touch(store.blocks[index])
+                on_kernels(count)
+            psf = psf.reshape(focuses, 1, -1, columns, *psf.shape[2:])
+            where = slice(row, row + store.spec.band_rows)
+            store.write("psf", psf, depth=slice(index, index + 1), field_y=where)
     for name, values in small.items():
         axis = schema.ARRAY_DIMS[name].index("depth")
-        store.write(name, np.expand_dims(values, axis), depth=depth)
+        store.write(name, np.expand_dims(values, axis), depth=slice(index, index + 1))
     return rays
 
 

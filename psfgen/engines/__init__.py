@@ -35,11 +35,13 @@ class Deposits:
 class Engine(Protocol):
     """An engine is built from (lens, plan) and called with batches of at most `batch` field points.
 
-    `batch` follows from the plan alone, so that no number depends on how the work is spread.
+    `batch` follows from the plan alone, so that no number depends on how the work is spread. `concurrent`
+    says whether several threads may call `deposit` at once.
     """
 
     lens: Lens
     batch: int
+    concurrent: bool
     sensor_z_mm: tuple[float, ...]
 
     def deposit(self, field_xy: torch.Tensor, depth_mm: float) -> Deposits: ...

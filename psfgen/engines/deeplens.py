@@ -24,6 +24,8 @@ from psfgen.plan import Plan
 class DeepLensEngine:
     """Two calls of `psf()` a kernel, with half the rays each."""
 
+    concurrent = False  # it moves the sensor and draws from torch's global generator
+
     def __init__(self, lens: Lens, plan: Plan) -> None:
         if math.inf in plan.config.depth:
             raise ConfigError("depth inf: engine deeplens images finite distances only; use engine geometric")

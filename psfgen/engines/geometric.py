@@ -25,6 +25,8 @@ BATCH_BYTES = 64 * 2**20  # of deposits
 class GeometricEngine:
     """Counts rays on the samples of a sensor; focusing moves the sensor only, so all distances share a trace."""
 
+    concurrent = True
+
     def __init__(self, lens: Lens, plan: Plan) -> None:
         config = plan.config
         assert config.pitch_um is not None

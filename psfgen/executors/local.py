@@ -11,8 +11,6 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from psfgen.engines import Engine, engine_class
 from psfgen.errors import ConfigError, RenderError
 from psfgen.plan import Plan
@@ -40,9 +38,8 @@ def run(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(workers or (1 if device.startswith("cuda") else cores), len(blocks))
     if count <= 1:
-        torch.set_num_threads(cores)
         for index in blocks:
-            render_block(engine, plan, store, index, on_kernels)
+            render_block(engine, plan, store, index, threads=cores, on_kernels=on_kernels)
         return
     context = mp.get_context("spawn")
     done = context.Queue()
@@ -78,18 +75,19 @@ def _start_worker(plan: Plan, path: Path, device: str, threads: int, done: Any) 
     from psfgen.render import load
 
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
     lens, found = load(plan.config, device)
     if found.sha256 != plan.sha256:
         raise ConfigError(f"lens {plan.config.lens} changed while it was rendered")
     engine = engine_class(plan.config.engine)(lens, plan)
-    _worker.update(plan=plan, engine=engine, store=open_store(path, allow_incomplete=True), done=done)
+    _worker.update(plan=plan, engine=engine, store=open_store(path, allow_incomplete=True))
+    _worker.update(threads=threads, done=done)
 
 
 def _render_in_worker(index: int) -> None:
     from psfgen.render import render_block
 
-    render_block(_worker["engine"], _worker["plan"], _worker["store"], index, _worker["done"].put)
+    w = _worker
+    render_block(w["engine"], w["plan"], w["store"], index, threads=w["threads"], on_kernels=w["done"].put)
 
 
 def _die_with_parent() -> None:
