@@ -1,0 +1,165 @@
+"""The `psftrain` command: parse, call, print. No training."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from psfgen import __version__
+from psfgen.errors import ConfigError, report
+
+Command = Callable[..., Any]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(report(lambda: cli(standalone_mode=False, prog_name="psftrain")))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def cli() -> None:
+    r"""Learn from a PSF store a conditional VAE that gives the PSF anywhere, at once.
+
+    \b
+    psftrain fit                                train on psfs.zarr into runs/fit
+    psftrain eval --store heldout.zarr          does it beat interpolation on points it never saw?
+    psftrain sample runs/fit --grid 50 --depth 10m --focus 10m --out field.npz
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 incomplete, 75 stopped with the work saved.
+    """
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+
+
+def common(command: Command) -> Command:
+    """The options every command has."""
+    command = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
+    return click.option("-v", "--verbose", is_flag=True, help="Show where an error comes from.")(command)
+
+
+@cli.command()
+@click.argument("config", required=False, type=click.Path())
+@click.option("--store", multiple=True, metavar="STORE", help="Store to train on; may be repeated. [psfs.zarr]")
+@click.option("--run", metavar="DIR", help="Run directory. [runs/fit]")
+@click.option("--val", metavar="STORE", help="Store of other points for validation; never the one eval judges on.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set any config key; the value is YAML.")
+@click.option("--no-resume", is_flag=True, help="Refuse a run directory that is not empty.")
+@common
+def fit(
+    config: str | None,
+    store: tuple[str, ...],
+    run: str | None,
+    val: str | None,
+    sets: tuple[str, ...],
+    no_resume: bool,
+    verbose: bool,
+    as_json: bool,
+) -> int:
+    """Train a model; run it again to go on where it stopped.
+
+    CONFIG is a YAML file, such as configs/fit/field.yaml; options win over --set, --set over CONFIG.
+    """
+    from psftrain.config import load_fit_config
+
+    given = [("store", list(store) or None), ("run", run), ("val", val)]
+    job = load_fit_config(config, [*sets, *((key, value) for key, value in given if value is not None)])
+
+    from psftrain.fit import fit as train
+
+    done = train(job, resume=not no_resume)
+    scores = ", ".join(f"{name} {value:.4g}" for name, value in done.metrics.items() if name in SHOWN)
+    worked = f"{done.step} steps in {done.seconds:.0f} s" if done.seconds else f"{done.step} steps, nothing to do"
+    text = f"{done.run}: {worked}" + (f"; {scores}" if scores else "")
+    text += f"\nwatch it: tensorboard --logdir {done.run}/tb; judge it: psftrain eval {done.run} --store HELDOUT"
+    paths = {"run": str(done.run), "best": str(done.run / "checkpoints" / "best.pt")}
+    _answer("fit", {"paths": paths, "step": done.step, "metrics": done.metrics}, text, as_json)
+    return 0
+
+
+SHOWN = ("loss/recon", "loss/prior", "loss/kl", "val_prior/rel_l2")
+
+
+@cli.command(name="eval")
+@click.argument("run", required=False)
+@click.option("--store", metavar="STORE", help="Held-out store to score on. [the training points]")
+@click.option("--no-baselines", is_flag=True, help="Leave the classical interpolations out.")
+@click.option("--out", metavar="DIR", help="Where the report goes. [RUN/eval]")
+@common
+def evaluate(
+    run: str | None, store: str | None, no_baselines: bool, out: str | None, verbose: bool, as_json: bool
+) -> int:
+    """Say whether a model beats interpolation on held-out points, by how much, and how fast it is.
+
+    RUN is a run directory; without it the newest in runs/.
+    """
+    from psfgen.store import open_store
+    from psfgen.store.schema import json_text
+    from psftrain import report as reports
+    from psftrain import run as runs
+    from psftrain.evaluate import evaluate as score
+    from psftrain.evaluate import train_store_command
+
+    trained = runs.load_run(Path(run) if run else runs.newest())
+    found = score(trained, store, baselines=not no_baselines)
+    advice = train_store_command(open_store(trained.config.store[0]))
+    paths = reports.write(found, Path(out) if out else trained.path / "eval", advice)
+    if as_json:
+        click.echo(json_text({**found.report, "command": "eval", "ok": True, "paths": _texts(paths)}))
+    else:
+        click.echo(reports.as_text(found.report, advice))
+        click.echo("\n" + "\n".join(map(str, paths.values())))
+    return 0
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--grid", type=int, metavar="N", help="N x N field points over the trained field.")
+@click.option("--at", metavar="CSV", help="Points from a CSV file: field_x, field_y, depth_mm, focus_mm.")
+@click.option("--depth", metavar="D", help="Depths of the grid. [the trained one]")
+@click.option("--focus", metavar="D", help="Focus distances of the grid. [the trained one]")
+@click.option("--out", metavar="FILE", required=True, help="A .npz file or a .zarr folder.")
+@common
+def sample(
+    run: str,
+    grid: int | None,
+    at: str | None,
+    depth: str | None,
+    focus: str | None,
+    out: str,
+    verbose: bool,
+    as_json: bool,
+) -> int:
+    """Write a model's kernels (prior mean) at points of your choice."""
+    from psftrain import sample as sampling
+    from psftrain.run import load_run
+
+    if (grid is None) == (at is None):
+        raise ConfigError("give either --grid N or --at CSV")
+    if at is not None and (depth or focus):
+        raise ConfigError("--at brings its own depth_mm and focus_mm; leave out --depth and --focus")
+    trained = load_run(Path(run))
+    if at is not None:
+        points, shape = sampling.csv_points(at), None
+    else:
+        points, shape = sampling.grid_points(trained, grid or 0, depth, focus)
+    kernels = sampling.sample(trained, points)
+    sampling.write(Path(out), trained, kernels, points, shape)
+    _answer("sample", {"paths": {"out": out}, "kernels": len(points)}, f"{out}: {len(points)} points", as_json)
+    return 0
+
+
+def _texts(paths: dict[str, Path]) -> dict[str, str]:
+    return {name: str(path) for name, path in paths.items()}
+
+
+def _answer(command: str, document: dict[str, Any], text: str, as_json: bool) -> None:
+    from psfgen.store.schema import json_text
+
+    if as_json:
+        text = json_text({"schema": 1, "command": command, "ok": True, "paths": {}, **document})
+    click.echo(text)

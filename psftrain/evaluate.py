@@ -1,0 +1,247 @@
+"""Whether a model beats interpolation, on points neither has seen.
+
+Legend: Q points of one held-out slice (store, focus, depth), W wavelengths, y x bins.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from psfgen.errors import RunMismatch, progress
+from psfgen.store import Store
+from psftrain import metrics
+from psftrain.baselines import CLASSICAL, Nodes, Query, brackets
+from psftrain.data import (
+    Examples,
+    fingerprint,
+    open_stores,
+    read_examples,
+    require_same,
+    withhold,
+)
+from psftrain.losses import ACTIVE_NATS, kl_per_dim
+from psftrain.run import Trained
+
+Array = NDArray[np.float64]
+Predict = Callable[[Examples, NDArray[np.int64]], Array]
+MODEL_ROWS = ("prior_mean", "prior_sample", "posterior")
+SCORES = ("rel_l2", "centroid_px", "rms_radius", "ee50", "ee80", "mtf")
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A report, and what its pictures show: the scored examples and every row's kernels and errors."""
+
+    report: dict[str, Any]
+    truth: Array  # [n, W, y, x]
+    field_xy: Array  # [n, 2]
+    kernels: dict[str, Array]  # of the points in `shown` [s, W, y, x]
+    shown: NDArray[np.int64]
+    errors: dict[str, Array]  # rel_l2 [n]
+
+
+def evaluate(trained: Trained, heldout: str | None, *, baselines: bool = True) -> Evaluation:
+    """Score a model and the classical interpolations on the points of `heldout`, or on the training points.
+
+    Every row is scored on the same points: those with light that every row can answer. Raises RunMismatch
+    where the store does not fit the run.
+    """
+    array = trained.config.data.array
+    train_stores = open_stores(trained.config.store, array)
+    for store in train_stores:
+        require_same(trained.fingerprint, fingerprint(store, array), f"training store {store.path}")
+    everything = read_examples(train_stores, trained.conditioning, array)
+    train, _ = withhold(everything, trained.config.data.val, trained.config.seed)
+    held, held_stores = (train, train_stores) if heldout is None else _held(trained, heldout)
+    unseen = heldout is not None and not _same_points(train, held)
+
+    rows: dict[str, Predict] = {}
+    if baselines and len(train_stores) == 1:
+        rows |= _classical_rows(train_stores[0], train, held_stores)
+    rows |= _model_rows(trained)
+
+    slices = [numbers[numbers >= 0].numpy() for numbers in held.slices]
+    predictions, ms_per_psf = _predict(rows, held, [numbers for numbers in slices if len(numbers)])
+    scored = np.all([np.isfinite(found[:, 0, 0, 0]) for found in predictions.values()], axis=0)
+    if not scored.any():
+        raise RunMismatch("no held-out point can be answered by every row; render points inside the training grid")
+    truth = held.kernels.numpy().astype(np.float64)[scored]
+    sample_px = trained.fingerprint["kernel_px"] / truth.shape[-1]
+    errors, table = {}, {}
+    for name, found in predictions.items():
+        values = metrics.compare(found[scored], truth, sample_px)
+        errors[name] = values["rel_l2"]
+        table[name] = {**metrics.summarise(values), "ms_per_psf": ms_per_psf[name]}
+    noise = held.noise.numpy()[scored].astype(np.float64)
+    nothing: dict[str, Any] = dict.fromkeys((*SCORES, "ms_per_psf"))
+    floor = {"mean": noise.mean(), "median": np.median(noise), "p95": np.quantile(noise, 0.95)}
+    table["noise_floor"] = {**nothing, "rel_l2": floor}
+
+    best = min((name for name in CLASSICAL if name in table), key=lambda name: _mean(table, name), default=None)
+    kl = _posterior_kl(trained, held)
+    report: dict[str, Any] = {
+        "schema": SCHEMA,
+        "run": str(trained.path),
+        "train_store": [str(store.path) for store in train_stores],
+        "heldout_store": heldout,
+        "held_out": unseen,
+        "n": int(scored.sum()),
+        "n_masked": held.masked + int((~scored).sum()),
+        "best_classical": best,
+        "beats_best_classical": None if best is None else bool(_mean(table, "prior_mean") < _mean(table, best)),
+        "model": trained.config.model.name,
+        "step": trained.step,
+        "kl_nats": float(kl.sum()),
+        "active_dims": int((kl > ACTIVE_NATS).sum()),
+        "latent_dims": trained.model.latent,
+        "loss": {"recon": dict(trained.config.loss.recon), "beta": trained.config.loss.beta},
+        "rows": table,
+    }
+    if len(report["train_store"]) == 1:
+        report["train_store"] = report["train_store"][0]
+    shown = _spread(errors["prior_mean"])
+    where = np.flatnonzero(scored)
+    field = held.condition[torch.from_numpy(where), :2].numpy() * trained.conditioning.field_max
+    pictures = {name: found[scored][shown] for name, found in predictions.items()}
+    return Evaluation(report, truth, field.astype(np.float64), pictures, shown, errors)
+
+
+def _mean(table: dict[str, Any], name: str) -> float:
+    return float(table[name]["rel_l2"]["mean"])
+
+
+def _held(trained: Trained, path: str) -> tuple[Examples, list[Store]]:
+    array = trained.config.data.array
+    stores = open_stores([path], array)
+    what = f"held-out store {path}"
+    require_same(trained.fingerprint, fingerprint(stores[0], array), what)
+    coords = stores[0].coords
+    trained.conditioning.require(coords["depth_dioptre"], coords["focus_dioptre"], what)
+    reach = max(np.abs(coords["field_x"]).max(), np.abs(coords["field_y"]).max())
+    if reach > trained.conditioning.field_max * (1 + 1e-9):
+        raise RunMismatch(
+            f"{what}: its field reaches {reach:.4g}, the run was trained up to {trained.conditioning.field_max:.4g}; "
+            f"render it with --field-max {trained.conditioning.field_max:.4g}"
+        )
+    return read_examples(stores, trained.conditioning, array), stores
+
+
+def _same_points(train: Examples, held: Examples) -> bool:
+    """Whether every held-out place is one of the training places."""
+    known = {row.tobytes() for row in train.condition.numpy()}
+    return all(row.tobytes() in known for row in held.condition.numpy())
+
+
+def _predict(
+    rows: dict[str, Predict], held: Examples, slices: list[NDArray[np.int64]]
+) -> tuple[dict[str, Array], dict[str, float]]:
+    """Every row's kernels for every held-out example [M, W, y, x], and its time for one in ms."""
+    predictions = {name: np.full(tuple(held.kernels.shape), np.nan) for name in rows}
+    seconds = dict.fromkeys(rows, 0.0)
+    bar = progress(len(rows) * len(held), "eval", "psf")
+    for name, predict in rows.items():
+        for numbers in slices:
+            predict(held, numbers[:1])  # sets interpolators up, which is not part of a kernel's time
+            started = time.perf_counter()
+            predictions[name][numbers] = predict(held, numbers)
+            seconds[name] += time.perf_counter() - started
+            bar.update(len(numbers))
+    bar.close()
+    return predictions, {name: 1000 * total / len(held) for name, total in seconds.items()}
+
+
+def _classical_rows(store: Store, train: Examples, held_stores: list[Store]) -> dict[str, Predict]:
+    side = min(len(store.coords["field_y"]), len(store.coords["field_x"]))
+    return {
+        name: _classical(how, store, train, held_stores) for name, (how, needed) in CLASSICAL.items() if side >= needed
+    }
+
+
+def _classical(how: Callable[[Nodes], Query], store: Store, train: Examples, held_stores: list[Store]) -> Predict:
+    """A classical row over every depth and focus."""
+    shape = tuple(train.kernels.shape[1:])
+    depths = len(store.coords["depth"])
+    queries: dict[int, Query] = {}
+
+    def query(number: int) -> Query:
+        if number not in queries:
+            numbers = train.slices[number].numpy()
+            values = np.full((*numbers.shape, int(np.prod(shape))), np.nan)
+            values[numbers >= 0] = train.kernels[torch.from_numpy(numbers[numbers >= 0])].flatten(1).numpy()
+            queries[number] = how(Nodes(store.coords["field_y"], store.coords["field_x"], values))
+        return queries[number]
+
+    def predict(held: Examples, numbers: NDArray[np.int64]) -> Array:
+        which, focus, depth = held.index[numbers[0], :3]
+        coords = held_stores[which].coords
+        yx = np.stack([coords["field_y"][held.index[numbers, 3]], coords["field_x"][held.index[numbers, 4]]], axis=-1)
+        total = np.zeros((len(numbers), int(np.prod(shape))))
+        for f, of_focus in brackets(store.coords["focus_dioptre"], coords["focus_dioptre"][focus]):
+            for d, of_depth in brackets(store.coords["depth_dioptre"], coords["depth_dioptre"][depth]):
+                total += of_focus * of_depth * query(f * depths + d)(yx)
+        return total.reshape(len(numbers), *shape)
+
+    return predict
+
+
+def _model_rows(trained: Trained) -> dict[str, Predict]:
+    model = trained.model
+
+    def prior_mean(kernels: Tensor, condition: Tensor) -> Tensor:
+        return model.decode(model.prior(condition).mean, condition)
+
+    def prior_sample(kernels: Tensor, condition: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(len(condition), model.latent, generator=generator)
+        return model.decode(model.prior(condition).sample(noise), condition)
+
+    def posterior(kernels: Tensor, condition: Tensor) -> Tensor:
+        return model.decode(model.posterior(kernels, condition).mean, condition)
+
+    def row(path: Callable[[Tensor, Tensor], Tensor]) -> Predict:
+        def predict(held: Examples, numbers: NDArray[np.int64]) -> Array:
+            chosen = torch.from_numpy(numbers)
+            with torch.no_grad():
+                parts = [path(held.kernels[some], held.condition[some]) for some in torch.split(chosen, 256)]
+            return torch.cat(parts).double().numpy()
+
+        return predict
+
+    return {name: row(path) for name, path in zip(MODEL_ROWS, (prior_mean, prior_sample, posterior), strict=True)}
+
+
+def _posterior_kl(trained: Trained, held: Examples) -> Array:
+    """Mean KL of the posterior from the prior by latent dimension [L], in nats."""
+    chosen = torch.linspace(0, len(held) - 1, min(1024, len(held))).round().long()
+    condition = held.condition[chosen]
+    with torch.no_grad():
+        model = trained.model
+        kl = kl_per_dim(model.posterior(held.kernels[chosen], condition), model.prior(condition))
+    return np.asarray(kl.mean(dim=0).double())
+
+
+def _spread(error: Array, count: int = 6) -> NDArray[np.int64]:
+    """Examples from the best to the worst answered, evenly by rank."""
+    order = np.argsort(error, kind="stable")
+    return np.asarray(order[np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)])
+
+
+def train_store_command(store: Store) -> str:
+    """The command that renders a held-out store for a training store."""
+    flags = {"layout": "cells"}
+    defaults = {"lens": "acl12708u", "grid": 20}
+    for key in ("lens", "grid", "depth", "focus", "wavelength", "kernel_px", "bins", "pitch_um", "field_max", "fnum"):
+        value = store.attrs["config"].get(key)
+        if value is not None and value != defaults.get(key):
+            flags[key] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    words = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in flags.items())
+    return f"psfgen render {words} --out heldout.zarr && psftrain eval --store heldout.zarr"

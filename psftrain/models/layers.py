@@ -1,0 +1,41 @@
+"""Pieces that models share."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from psftrain.models.base import Gaussian
+
+
+def fourier(xy: Tensor, octaves: int) -> Tensor:
+    """sin and cos of 2^i pi x, i < `octaves`, for each column: [B, D] -> [B, 2 D octaves].
+
+    Positional encoding of Mildenhall et al., "NeRF", ECCV 2020, without the raw coordinates.
+    """
+    scaled = xy[..., None] * (math.pi * 2.0 ** torch.arange(octaves, device=xy.device, dtype=xy.dtype))
+    return torch.cat([scaled.sin(), scaled.cos()], dim=-1).flatten(-2)
+
+
+def mlp(inputs: int, width: int, hidden: int, outputs: int, activation: type[nn.Module]) -> nn.Sequential:
+    """`hidden` layers of `width`, each followed by the activation, then a linear layer."""
+    sizes = [inputs, *[width] * hidden]
+    layers: list[nn.Module] = []
+    for a, b in pairwise(sizes):
+        layers += [nn.Linear(a, b), activation()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+
+
+class GaussianHead(nn.Module):
+    """An MLP to the mean and log variance of a diagonal Gaussian."""
+
+    def __init__(self, inputs: int, width: int, hidden: int, latent: int, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.net = mlp(inputs, width, hidden, 2 * latent, activation)
+
+    def forward(self, *inputs: Tensor) -> Gaussian:
+        mean, logvar = self.net(torch.cat(inputs, dim=-1)).chunk(2, dim=-1)
+        return Gaussian(mean, logvar)

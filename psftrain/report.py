@@ -1,0 +1,199 @@
+"""An evaluation for people: its first line, table, Markdown report and pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from psfgen.errors import FitError
+from psfgen.store.colour import channels_to_rgb, stretch
+from psfgen.store.schema import json_text
+from psftrain.evaluate import SCORES, Evaluation
+
+TITLES = {
+    "prior_mean": "model, prior mean",
+    "prior_sample": "model, prior sample",
+    "posterior": "model, posterior (sees the truth)",
+    "nearest": "nearest node",
+    "bilinear": "bilinear",
+    "bicubic": "bicubic",
+    "rbf_tps": "thin-plate RBF",
+    "pca_rbf": "PCA + RBF",
+    "noise_floor": "noise of the truth itself",
+}
+LEGEND = (
+    "rel_l2: |K^ - K| / |K| over the whole stack of wavelengths; centroid_px: shift of the centre of mass, in samples; "
+    "rms_radius, ee50, ee80: mean absolute error of the radius / mean true radius (50 % and 80 % of the energy); "
+    "mtf: mean absolute difference of the modulation transfer; ms_per_psf: time a kernel on the CPU, in batches"
+)
+
+
+def headline(report: dict[str, Any], advice: str) -> str:
+    """The one line that says what came out; `advice` is the command for a held-out store."""
+    if not report["held_out"]:
+        return (
+            f"NOT HELD-OUT: scored on the {report['n']} training points, where interpolation is exact by construction. "
+            f"For an honest answer: {advice}"
+        )
+    best, ours = report["best_classical"], report["rows"]["prior_mean"]["rel_l2"]["mean"]
+    if best is None:
+        return f"The model's prior mean errs {ours:.1%} on {report['n']} held-out points (no baselines)"
+    theirs = report["rows"][best]["rel_l2"]["mean"]
+    verdict = "beats" if report["beats_best_classical"] else "does NOT beat"
+    return (
+        f"The model {verdict} the best classical interpolation on {report['n']} held-out points: "
+        f"mean error {ours:.1%} against {theirs:.1%} ({TITLES[best]}), a ratio of {ours / theirs:.2f}"
+    )
+
+
+def collapse(report: dict[str, Any]) -> str | None:
+    """A warning where the posterior tells nothing that the prior does not, with what to do."""
+    if report["active_dims"]:
+        return None
+    remedies = [f"a lower beta (now {report['loss']['beta']:g}: --set loss.beta={report['loss']['beta'] / 100:g})"]
+    remedies.append("free bits (--set loss.kl=0.05)")
+    if "rel_l2" not in report["loss"]["recon"]:
+        remedies.append("an energy-normalised reconstruction (--set loss.recon=rel_l2)")
+    return (
+        f"the posterior has collapsed: KL {report['kl_nats']:.3f} nats, 0 of {report['latent_dims']} latent dimensions "
+        f"active, so the latent carries nothing; try {', '.join(remedies[:-1])} or {remedies[-1]}"
+    )
+
+
+def table(report: dict[str, Any]) -> list[list[str]]:
+    """The report's rows as cells, header first, best mean first."""
+    header = ["row", "mean", "median", "p95", *SCORES[1:], "ms_per_psf"]
+    ordered = sorted(report["rows"].items(), key=lambda item: item[1]["rel_l2"]["mean"])
+    return [header] + [
+        [
+            TITLES[name],
+            *(f"{row['rel_l2'][key]:.2%}" for key in ("mean", "median", "p95")),
+            *(_number(name, key, row[key]) for key in (*SCORES[1:], "ms_per_psf")),
+        ]
+        for name, row in ordered
+    ]
+
+
+def _number(row: str, key: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if key in ("centroid_px", "ms_per_psf") else f"{value:.2%}"
+
+
+def as_text(report: dict[str, Any], advice: str) -> str:
+    """What `psftrain eval` prints."""
+    cells = table(report)
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
+    masked = f"{report['n']} points scored, {report['n_masked']} masked (no light, or beyond a row's reach)"
+    warning = collapse(report)
+    return "\n".join([headline(report, advice), "", *lines, "", masked, *([f"warning: {warning}"] if warning else [])])
+
+
+def write(evaluation: Evaluation, folder: Path, advice: str) -> dict[str, Path]:
+    """Write report.json, report.md and the pictures; returns their paths by name."""
+    report = evaluation.report
+    paths = {
+        "report_json": folder / "report.json",
+        "report_md": folder / "report.md",
+        "examples": folder / "examples.png",
+        "error_map": folder / "error_map.png",
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        paths["report_json"].write_text(json_text(report) + "\n", encoding="utf-8")
+        paths["report_md"].write_text(_markdown(report, advice), encoding="utf-8")
+        _examples(evaluation).savefig(paths["examples"], dpi=110)
+        _error_map(evaluation).savefig(paths["error_map"], dpi=110)
+    except OSError as error:
+        raise FitError(f"report {folder} cannot be written: {error.strerror}; choose another --out") from None
+    return paths
+
+
+def _markdown(report: dict[str, Any], advice: str) -> str:
+    header, *rows = table(report)
+    warning = collapse(report)
+    lines = [
+        f"# {report['model']} after {report['step']} steps",
+        "",
+        headline(report, advice),
+        *(["", f"**Warning:** {warning}"] if warning else []),
+        "",
+        f"Trained on `{report['train_store']}`, scored on `{report['heldout_store'] or 'the training points'}`: "
+        f"{report['n']} points, {report['n_masked']} masked.",
+        "",
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * len(header),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+        LEGEND,
+        "",
+        f"KL of the posterior from the prior: {report['kl_nats']:.3f} nats, "
+        f"{report['active_dims']} of {report['latent_dims']} latent dimensions active.",
+        "",
+        "![examples](examples.png)",
+        "![error over the field](error_map.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _examples(evaluation: Evaluation) -> Figure:
+    """Truth, baselines, model and their errors, a column an example from the best to the worst answered."""
+    names = [name for name in ("bilinear", "rbf_tps", "prior_mean") if name in evaluation.kernels]
+    truth = evaluation.truth[evaluation.shown]
+    count = len(truth)
+    figure = Figure(figsize=(1.5 * count + 1.6, 1.5 * (1 + 2 * len(names)) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1 + 2 * len(names), count, squeeze=False)
+    colours = channels_to_rgb(truth)
+    for column in range(count):
+        peak = float(colours[column].max())
+        axes[0, column].imshow(stretch(colours[column], peak))
+        x, y = evaluation.field_xy[evaluation.shown[column]]
+        axes[0, column].set_title(f"({x:.2f}, {y:.2f})", fontsize=8)
+        for i, name in enumerate(names):
+            found = evaluation.kernels[name][column]
+            axes[1 + i, column].imshow(stretch(np.clip(channels_to_rgb(found[None])[0], 0, None), peak))
+            error = (found - truth[column]).mean(axis=0)
+            limit = float(truth[column].mean(axis=0).max()) / 5
+            below = axes[1 + len(names) + i, column]
+            below.imshow(error, cmap="RdBu_r", vmin=-limit, vmax=limit)
+            below.set_xlabel(f"{evaluation.errors[name][evaluation.shown[column]]:.1%}", fontsize=8)
+    rows = ["truth", *(TITLES[name] for name in names), *(f"error of\n{TITLES[name]}" for name in names)]
+    for row, label in enumerate(rows):
+        axes[row, 0].set_ylabel(label, fontsize=8)
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    figure.suptitle(
+        "Held-out kernels, titled by field (x, y); gamma 2.2, a column shares one scale; errors at +-20 % of the peak",
+        fontsize=9,
+    )
+    return figure
+
+
+def _error_map(evaluation: Evaluation) -> Figure:
+    """Relative error over the field, of the model and of the best classical row, on one scale."""
+    best = evaluation.report["best_classical"]
+    names = ["prior_mean", *([best] if best else [])]
+    # One colour a field point: the mean over depths and focus distances.
+    places, inverse = np.unique(evaluation.field_xy.round(6), axis=0, return_inverse=True)
+    count = np.bincount(inverse.ravel())
+    means = {name: np.bincount(inverse.ravel(), evaluation.errors[name]) / count for name in names}
+    figure = Figure(figsize=(4.6 * len(names) + 0.8, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    top = max(float(np.quantile(mean, 0.98)) for mean in means.values())
+    for ax, name in zip(axes, names, strict=True):
+        drawn = ax.scatter(*places.T, c=100 * means[name], s=18, vmin=0, vmax=100 * max(top, 1e-6), cmap="viridis")
+        ax.set_title(f"{TITLES[name]}: mean {evaluation.errors[name].mean():.1%}", fontsize=10)
+        ax.set_aspect("equal")
+        ax.set_xlabel("field x")
+        ax.set_ylabel("field y")
+    figure.colorbar(drawn, ax=list(axes), label="relative L2 error, %")
+    return figure
