@@ -151,16 +151,18 @@ class RenderConfig(Config):
 
 
 def load_config[C: Config](
-    model: type[C], path: str | Path | None = None, overrides: Sequence[str | tuple[str, Any]] = ()
+    model: type[C],
+    path: str | Path | None = None,
+    overrides: Sequence[str | tuple[str, Any]] = (),
+    *,
+    base: Mapping[str, Any] | None = None,
 ) -> C:
-    """Build `model` from its defaults, then a YAML file, then overrides, the later winning.
+    """Build `model` from its defaults, then `base`, then a YAML file, then overrides, the later winning.
 
     An override is a `--set` text "a.b=c" (the value is YAML) or a (key, value) pair from a flag.
     Raises ConfigError naming the key's full path, the value, the nearest known key or what is allowed.
     """
-    data: dict[str, Any] = {}
-    if path is not None:
-        data = _read_yaml(Path(path))
+    data = _merged(base or {}, _read_yaml(Path(path)) if path is not None else {})
     for override in overrides:
         if isinstance(override, tuple):
             key, value = override
@@ -172,11 +174,22 @@ def load_config[C: Config](
                 value = yaml.safe_load(text)
             except yaml.YAMLError:
                 raise ConfigError(f"--set {override}: '{text}' is no YAML value") from None
-        _assign(data, key.strip().split("."), value)
+        for part in reversed(key.strip().split(".")):
+            value = {part: value}
+        data = _merged(data, value)
     try:
         return model.model_validate(data)
     except ValidationError as error:
         raise ConfigError(_explain(model, error, path)) from None
+
+
+def _merged(base: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` laid over `base`, mapping by mapping."""
+    merged = dict(base)
+    for key, value in above.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -194,14 +207,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"config {path} holds a {type(loaded).__name__}; write KEY: VALUE lines")
     return {str(key): value for key, value in loaded.items()}
-
-
-def _assign(data: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        child = data.get(key)
-        data[key] = dict(child) if isinstance(child, Mapping) else {}
-        data = data[key]
-    data[keys[-1]] = value
 
 
 def _explain(model: type[Config], error: ValidationError, path: str | Path | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ Command = Callable[..., Any]
 
 def main() -> None:
     """Entry point of the console script."""
+    # Threads that spin while they wait make training crawl on a machine with other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(report(lambda: cli(standalone_mode=False, prog_name="psftrain")))
 
 

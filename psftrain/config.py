@@ -28,7 +28,7 @@ class ModelConfig(Config):
 
     name: str = Field("field_cvae", description="an entry of the MODELS table")
     latent: int = Field(8, ge=1)
-    width: int = Field(128, ge=1)
+    width: int = Field(96, ge=1)
     layers: int = Field(3, ge=1, description="hidden layers of each network")
     octaves: int | None = Field(None, ge=0, le=16, description="Fourier octaves of the field; None: from the grid")
 
@@ -61,7 +61,7 @@ class FitConfig(Config):
     run: str = Field("runs/fit", min_length=1)
     val: str | None = Field(None, description="a store of other points, for validation")
     steps: int = Field(3000, ge=0)
-    batch: int = Field(64, ge=1)
+    batch: int = Field(32, ge=1)
     lr: float = Field(3e-3, gt=0)
     warmup: int = Field(100, ge=0)
     clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient")

@@ -24,8 +24,12 @@ KERNEL_GAIN = 10.0  # kernels as the encoder sees them: of order 1
 
 
 def octaves_for(grid: int) -> int:
-    """Fourier octaves that a grid of `grid` points a side can carry without aliasing between its nodes."""
-    return 2 if grid >= 8 else 0
+    """Fourier octaves that a grid of `grid` points a side carries without ringing between its nodes.
+
+    The highest octave must turn less than once in 16 nodes; at most 2. On a 10 x 10 grid of the default lens
+    2 octaves doubled the error near the rim of the field.
+    """
+    return min(2, int(grid >= 16) + int(grid >= 32))
 
 
 class FieldCVAE(CVAE):

@@ -17,6 +17,7 @@ from psftrain.models.base import CVAE, Gaussian
 from psftrain.models.layers import GaussianHead, fourier, mlp
 
 DEFAULTS = {
+    "batch": 64,
     "lr": 1e-4,
     "warmup": 0,
     "schedule": "constant",

@@ -1,0 +1,37 @@
+# Two commands set everything up on a fresh machine: make demo, make test.
+PYTHON ?= python3.12
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test campaign format
+
+demo: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash pipelines/demo.sh demo
+
+test: .venv/installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q
+
+# The long statistics: minutes, before a release.
+campaign: .venv/installed-test
+	$(BIN)/python -m pytest -q -m campaign
+
+format: .venv/installed-test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python setup.cfg constraints.txt
+	@echo "installing into .venv (a few minutes the first time, some 6 GB with PyTorch) ..."
+	$(PIP) -e .
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	@echo "installing the tools of the tests ..."
+	$(PIP) -e '.[test]'
+	@touch $@
