@@ -105,11 +105,11 @@ def evaluate(
     from psftrain import report as reports
     from psftrain import run as runs
     from psftrain.evaluate import evaluate as score
-    from psftrain.evaluate import train_store_command
+    from psftrain.evaluate import heldout_command
 
     trained = runs.load_run(Path(run) if run else runs.newest())
     found = score(trained, store, baselines=not no_baselines)
-    advice = train_store_command(open_store(trained.config.store[0]))
+    advice = heldout_command(open_store(trained.config.store[0]))
     paths = reports.write(found, Path(out) if out else trained.path / "eval", advice)
     if as_json:
         click.echo(json_text({**found.report, "command": "eval", "ok": True, "paths": _texts(paths)}))

@@ -15,8 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from psfgen.config import RenderConfig
 from psfgen.errors import RunMismatch, progress
 from psfgen.store import Store
+from psfgen.store.schema import plain
 from psftrain import metrics
 from psftrain.baselines import CLASSICAL, Nodes, Query, brackets
 from psftrain.data import (
@@ -87,7 +89,7 @@ def evaluate(trained: Trained, heldout: str | None, *, baselines: bool = True) -
     table["noise_floor"] = {**nothing, "rel_l2": floor}
 
     best = min((name for name in CLASSICAL if name in table), key=lambda name: _mean(table, name), default=None)
-    kl = _posterior_kl(trained, held)
+    kl = _posterior_kl(trained, train)
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "run": str(trained.path),
@@ -219,13 +221,13 @@ def _model_rows(trained: Trained) -> dict[str, Predict]:
     return {name: row(path) for name, path in zip(MODEL_ROWS, (prior_mean, prior_sample, posterior), strict=True)}
 
 
-def _posterior_kl(trained: Trained, held: Examples) -> Array:
-    """Mean KL of the posterior from the prior by latent dimension [L], in nats."""
-    chosen = torch.linspace(0, len(held) - 1, min(1024, len(held))).round().long()
-    condition = held.condition[chosen]
+def _posterior_kl(trained: Trained, train: Examples) -> Array:
+    """Mean KL of the posterior from the prior by latent dimension [L], in nats, on training points."""
+    chosen = torch.linspace(0, len(train) - 1, min(1024, len(train))).round().long()
+    condition = train.condition[chosen]
     with torch.no_grad():
         model = trained.model
-        kl = kl_per_dim(model.posterior(held.kernels[chosen], condition), model.prior(condition))
+        kl = kl_per_dim(model.posterior(train.kernels[chosen], condition), model.prior(condition))
     return np.asarray(kl.mean(dim=0).double())
 
 
@@ -235,13 +237,28 @@ def _spread(error: Array, count: int = 6) -> NDArray[np.int64]:
     return np.asarray(order[np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)])
 
 
-def train_store_command(store: Store) -> str:
-    """The command that renders a held-out store for a training store."""
-    flags = {"layout": "cells"}
-    defaults = {"lens": "acl12708u", "grid": 20}
-    for key in ("lens", "grid", "depth", "focus", "wavelength", "kernel_px", "bins", "pitch_um", "field_max", "fnum"):
-        value = store.attrs["config"].get(key)
-        if value is not None and value != defaults.get(key):
-            flags[key] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    words = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in flags.items())
-    return f"psfgen render {words} --out heldout.zarr && psftrain eval --store heldout.zarr"
+def heldout_command(store: Store) -> str:
+    """The command that renders a held-out store for a training store, and judges on it."""
+    config = store.attrs["config"]
+    defaults = plain(RenderConfig().model_dump())
+    keys = (
+        "lens",
+        "grid",
+        "depth",
+        "focus",
+        "wavelength",
+        "sensor_mm",
+        "fnum",
+        "pitch_um",
+        "field_max",
+        "kernel_px",
+        "bins",
+    )
+    words = [f"--{key.replace('_', '-')} {_word(config[key])}" for key in keys if config.get(key) != defaults[key]]
+    options = " ".join(["--layout cells", *words])
+    return f"psfgen render {options} --out heldout.zarr && psftrain eval --store heldout.zarr"
+
+
+def _word(value: Any) -> str:
+    items = value if isinstance(value, list) else [value]
+    return ",".join(f"{item:.10g}" if isinstance(item, float) else str(item) for item in items)
