@@ -41,29 +41,29 @@ def describe(store: Store) -> tuple[dict[str, Any], str]:
     waves = ", ".join(f"{w:g}" for w in coords["wavelength"])
     lines = [
         f"{store.path}: {'complete' if not missing else f'{missing} of {len(store.blocks)} blocks missing'}",
-        f"lens      {lens['name']} (sha256 {lens['sha256'][:12]}), engine {attrs['engine']}, tracer {attrs['tracer']}",
-        f"kernels   {size}",
-        f"sampling  {len(coords['kx'])} x {len(coords['ky'])} samples of {attrs['pitch_um']:g} um, "
+        f"lens       {lens['name']} (sha256 {lens['sha256'][:12]}), engine {attrs['engine']}, tracer {attrs['tracer']}",
+        f"kernels    {size}",
+        f"sampling   {len(coords['kx'])} x {len(coords['ky'])} samples of {attrs['pitch_um']:g} um, "
         f"binned to {len(coords['bx'])} x {len(coords['by'])}; wavelengths {waves} um",
-        f"depth     {_span(coords['depth'])} mm",
-        f"focus     {_span(coords['focus'])} mm, sensor at "
+        f"depth      {_span(coords['depth'])} mm",
+        f"focus      {_span(coords['focus'])} mm, sensor at "
         + ", ".join(f"{z:.4f}" for z in attrs["sensor_z_mm"].values())
         + " mm",
-        f"field     x {_span(coords['field_x'])}, y {_span(coords['field_y'])} half sensor sides of "
+        f"field      x {_span(coords['field_x'])}, y {_span(coords['field_y'])} half sensor sides of "
         + " x ".join(f"{side:g}" for side in attrs["sensor_mm"])
         + " mm",
-        f"made by   plan {attrs['plan_sha256'][:12]}, seed {attrs['seed']}, "
+        f"made by    plan {attrs['plan_sha256'][:12]}, seed {attrs['seed']}, "
         + ", ".join(f"{name} {number}" for name, number in attrs["versions"].items()),
     ]
     if not missing:
         for name, meaning in (("throughput", "light let through"), ("captured", "energy in the window")):
             values = store.read(name)
             document[name] = {"min": values.min(), "median": np.median(values)}
-            lines.append(f"{name:<10}{meaning}: median {np.median(values):.1%}, least {values.min():.1%}")
+            lines.append(f"{name:<11}{meaning}: median {np.median(values):.1%}, least {values.min():.1%}")
         noise = store.read("noise")
         if not np.isnan(noise).all():
             document["noise"] = {"median": np.nanmedian(noise), "max": np.nanmax(noise)}
-            lines.append(f"noise     estimated error: median {np.nanmedian(noise):.1%}, most {np.nanmax(noise):.1%}")
+            lines.append(f"noise      estimated error: median {np.nanmedian(noise):.1%}, most {np.nanmax(noise):.1%}")
     return document, "\n".join(lines)
 
 

@@ -160,7 +160,7 @@ def _examples(evaluation: Evaluation) -> Figure:
             found = evaluation.kernels[name][column]
             axes[1 + i, column].imshow(stretch(np.clip(channels_to_rgb(found[None])[0], 0, None), peak))
             error = (found - truth[column]).mean(axis=0)
-            limit = float(truth[column].mean(axis=0).max()) / 5
+            limit = float(truth[column].mean(axis=0).max()) / 10
             below = axes[1 + len(names) + i, column]
             below.imshow(error, cmap="RdBu_r", vmin=-limit, vmax=limit)
             below.set_xlabel(f"{evaluation.errors[name][evaluation.shown[column]]:.1%}", fontsize=8)
@@ -171,7 +171,8 @@ def _examples(evaluation: Evaluation) -> Figure:
         ax.set_xticks([])
         ax.set_yticks([])
     figure.suptitle(
-        "Held-out kernels, titled by field (x, y); gamma 2.2, a column shares one scale; errors at +-20 % of the peak",
+        f"{'Held-out' if evaluation.report['held_out'] else 'TRAINING'} kernels by field (x, y); gamma 2.2, a column "
+        "shares one scale; errors: mean over wavelengths, white 0, full colour at +-10 % of the peak",
         fontsize=9,
     )
     return figure
