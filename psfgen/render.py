@@ -235,6 +235,7 @@ def shortfalls(store: Store) -> Iterator[str]:
     """What a user should know of a finished store: truncation, noise, vignetting; with the way out."""
     captured, noise = store.read("captured"), store.read("noise")
     dark = captured == 0
+    vignetted = np.broadcast_to(store.read("throughput") == 0, dark.shape)
     cut = (captured < 0.9) & ~dark
     if cut.any():
         yield (
@@ -249,8 +250,14 @@ def shortfalls(store: Store) -> Iterator[str]:
             f"(worst {np.nanmax(noise):.0%} at {_where(store, np.nanargmax(noise))}, "
             f"median {np.nanmedian(noise):.1%}); more rays (--spp) lower it"
         )
-    if dark.any():
-        yield f"{dark.sum()} of {dark.size} kernels get no light at all and are NaN; a smaller --field-max avoids them"
+    if vignetted.any():
+        yield f"{vignetted.sum()} of {dark.size} kernels get no light and are NaN; a smaller --field-max avoids them"
+    missed = dark & ~vignetted
+    if missed.any():
+        yield (
+            f"{missed.sum()} of {dark.size} kernels miss their window altogether and are NaN (first at "
+            f"{_where(store, missed.argmax())}): a larger --pitch-um or --kernel-px, or a --focus nearer to --depth"
+        )
 
 
 def _where(store: Store, flat: Any) -> str:

@@ -66,9 +66,10 @@ class ZarrStore:
                 temporary.parent.mkdir(parents=True, exist_ok=True)
                 _lay_out(temporary, spec)
                 temporary.rename(path)
-            except OSError:
+            except OSError as error:
                 if not cls.is_store(path):
-                    raise
+                    reason = error.strerror or str(error)
+                    raise StoreError(f"store {path} cannot be made: {reason}; choose another --out") from None
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         return cls(path)
