@@ -97,10 +97,18 @@ def fit(config: FitConfig, *, resume: bool = True) -> Fitted:
     metrics: dict[str, float] = {}
     first, started = step, time.monotonic()
 
+    best_path = run / "checkpoints" / "best.pt"
+
     def save(path: Path) -> None:
         training = {"optimizer": optimizer.state_dict(), "scheduler": {"name": config.schedule}, "ema": None}
         document = {"step": step, "best": best, "config": plain(config.model_dump()), **identity}
         checkpoint.save(path, {"model": model.state_dict(), **training, **document})
+
+    def save_step() -> None:
+        if val is None:  # best = last
+            save(best_path)
+        save(checkpoint.path_of(run, step))
+        checkpoint.prune(run, config.keep)
 
     bar = progress(config.steps, f"fit {config.model.name}", "step", initial=step)
     with _signals() as stopped:
@@ -135,17 +143,12 @@ def fit(config: FitConfig, *, resume: bool = True) -> Fitted:
                         metrics |= found
                         if found["val_prior/rel_l2"] < best:
                             best = found["val_prior/rel_l2"]
-                            save(run / "checkpoints" / "best.pt")
-                if step % config.save_every == 0 and not last:
-                    save(checkpoint.path_of(run, step))
-                    checkpoint.prune(run, config.keep)
+                            save(best_path)
+                if stopped or (step % config.save_every == 0 and not last):
+                    save_step()
                 if stopped:
-                    save(checkpoint.path_of(run, step))
                     raise Preempted(f"stopped by {stopped[0]} after step {step}; saved, the same command goes on")
-            if val is None:
-                save(run / "checkpoints" / "best.pt")
-            save(checkpoint.path_of(run, step))
-            checkpoint.prune(run, config.keep)
+            save_step()
         finally:
             bar.close()
             board.close()
