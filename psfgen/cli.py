@@ -24,10 +24,13 @@ def main() -> None:
     sys.exit(report(lambda: cli(standalone_mode=False, prog_name="psfgen")))
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__)
-def cli() -> None:
-    r"""Ray-trace the point-spread functions of a lens over field, depth, focus and wavelength.
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Ray-trace the point-spread functions of a lens over field, depth, focus and wavelength.
 
     \b
     psfgen render --grid 20      trace the default lens into psfs.zarr
@@ -35,8 +38,10 @@ def cli() -> None:
     psftrain fit                 train a model on it
 
     Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 incomplete, 75 stopped with the work saved.
-    """
+    """  # noqa: D301  (click reads the escape)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def common(command: Command) -> Command:

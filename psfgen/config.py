@@ -19,7 +19,7 @@ from psfgen.errors import ConfigError, nearest
 class Config(BaseModel):
     """Base of every config: frozen, and a key it does not know is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def parse_distance_mm(value: object) -> float:
@@ -37,6 +37,8 @@ def parse_distance_mm(value: object) -> float:
         distance_mm = float(digits) * scale
     except ValueError:
         raise ValueError(f"'{value}' is no distance; write 400mm, 0.4m, inf or a number of mm") from None
+    if distance_mm > 0 and not (1e-3 <= distance_mm <= 1e9 or math.isinf(distance_mm)):
+        raise ValueError(f"distance {value} is out of reach: 0.001 mm to 1000 km, or inf")
     if not distance_mm > 0:
         raise ValueError(f"distance {value} is not positive; distances are counted from the first surface, in front")
     return distance_mm
@@ -49,10 +51,10 @@ def parse_distances_mm(value: object) -> tuple[float, ...]:
     Raises ValueError on anything else, and on duplicates.
     """
     if isinstance(value, (list, tuple)):
-        return _ascending([parse_distance_mm(item) for item in value], "distance")
+        return _ascending([parse_distance_mm(item) for item in value], "distance", "mm")
     text = str(value)
     if ":" not in text:
-        return _ascending([parse_distance_mm(item) for item in text.split(",")], "distance")
+        return _ascending([parse_distance_mm(item) for item in text.split(",")], "distance", "mm")
     body, _, spacing = text.partition("@")
     parts = body.split(":")
     if len(parts) != 3 or spacing not in ("", "mm") or not parts[2].strip().isdigit() or int(parts[2]) < 1:
@@ -61,7 +63,7 @@ def parse_distances_mm(value: object) -> tuple[float, ...]:
     if spacing and math.isinf(max(first, last)):
         raise ValueError(f"'{text}' cannot be spaced evenly in mm up to inf; leave out @mm")
     if count == 1:
-        return (first,) if first == last else _ascending([first, last][:1], "distance")
+        return (first,) if first == last else _ascending([first, last][:1], "distance", "mm")
     steps = [i / (count - 1) for i in range(count)]
     if spacing:
         inner = [first + (last - first) * s for s in steps]
@@ -69,14 +71,16 @@ def parse_distances_mm(value: object) -> tuple[float, ...]:
         near, far = 1 / first, 1 / last
         inner = [math.inf if (d := near + (far - near) * s) == 0 else 1 / d for s in steps]
     inner[0], inner[-1] = first, last  # exactly as typed, free of rounding
-    return _ascending(inner, "distance")
+    return _ascending(inner, "distance", "mm")
 
 
-def _ascending(values: Sequence[float], what: str) -> tuple[float, ...]:
+def _ascending(values: Sequence[float], what: str, unit: str) -> tuple[float, ...]:
     ordered = tuple(sorted(values))
+    if not ordered:
+        raise ValueError(f"no {what} is given")
     for a, b in pairwise(ordered):
         if a == b:
-            raise ValueError(f"{what} {a:g} is given twice")
+            raise ValueError(f"{what} {a:g} {unit} is given twice")
     return ordered
 
 
@@ -95,7 +99,7 @@ def _wavelengths(value: object) -> tuple[float, ...]:
             raise ValueError(f"wavelength {wavelength_um:g} is not in um; did you mean {wavelength_um / 1000:g}?")
         if not 0.1 < wavelength_um < 10:
             raise ValueError(f"wavelength {wavelength_um:g} um is outside 0.1 to 10 um")
-    return _ascending(values, "wavelength")
+    return _ascending(values, "wavelength", "um")
 
 
 def _one_wavelength(value: object) -> float:
@@ -109,7 +113,8 @@ def _size(value: object) -> tuple[float, float]:
     return values[0], values[1]
 
 
-Distances = Annotated[tuple[float, ...], BeforeValidator(parse_distances_mm)]
+Distance = Annotated[float, Field(allow_inf_nan=True)]
+Distances = Annotated[tuple[Distance, ...], BeforeValidator(parse_distances_mm)]
 Wavelengths = Annotated[tuple[float, ...], BeforeValidator(_wavelengths)]
 Wavelength = Annotated[float, BeforeValidator(_one_wavelength)]
 Size = Annotated[tuple[float, float], BeforeValidator(_size)]

@@ -88,15 +88,18 @@ def report(command: Callable[[], Any], argv: list[str] | None = None) -> int:
     The traceback is shown only where `-v` stands in the arguments.
     """
     verbose = not {"-v", "--verbose"}.isdisjoint(sys.argv[1:] if argv is None else argv)
+    caught: BaseException
     try:
         result = command()
     except PsfError as error:
-        code, line = error.exit_code, str(error)
-    except KeyboardInterrupt:
-        code, line = 1, "interrupted; what is finished is kept, the same command goes on from there"
+        caught, code, line = error, error.exit_code, str(error)
+    except KeyboardInterrupt as error:
+        caught, code = error, 1
+        line = "interrupted; what is finished is kept, the same command goes on from there"
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except Exception as error:
+        caught = error
         if type(error).__name__ == "Abort":
             code, line = 1, "interrupted"
         elif hasattr(error, "format_message"):  # click's own usage errors; this module stays free of click
@@ -108,7 +111,7 @@ def report(command: Callable[[], Any], argv: list[str] | None = None) -> int:
     else:
         return result if isinstance(result, int) else 0
     if verbose:
-        traceback.print_exc()
+        traceback.print_exception(caught)
     print(f"error: {' '.join(line.split())}", file=sys.stderr)
     return code
 

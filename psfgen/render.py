@@ -63,7 +63,7 @@ def render(
     todo = [index for index in mine if index in missing]
     on_start(plan, len(todo) * plan.kernels_per_block)
     run(plan, store, engine, todo, workers=config.workers, device=device, on_kernels=on_kernels)
-    if todo and not store.missing():
+    if not store.missing():
         store.finalise()
     return store
 

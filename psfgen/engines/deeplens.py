@@ -49,7 +49,7 @@ class DeepLensEngine:
         # Each half sums to 1; in shares of the valid rays they weigh what the window captures.
         halves *= known.captured[..., None, None, None]
         captured = np.where(halves.sum(axis=(-3, -2, -1)) > 0, known.captured, 0.0)
-        return Deposits(halves, known.throughput, captured, known.chief_mm, 2 * known.rays)
+        return Deposits(halves, known.throughput, captured, known.chief_mm, known.rays * (1 + len(self.sensor_z_mm)))
 
     def _psf(self, point: list[float], wavelength_um: float, seed: list[int]) -> np.ndarray:
         with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):

@@ -79,11 +79,11 @@ class Lens:
             if fnum is not None:
                 self._stop_down(fnum)
         self._check_surfaces()
-        notes = document.get("psfgen", {})
+        notes = _notes(self.name, document)
         self.sensor_mm = (float(self.geo.sensor_size[0]), float(self.geo.sensor_size[1]))
         self.pixel_um = 1000 * self.sensor_mm[0] / self.geo.sensor_res[0]
-        self.pitch_um = float(notes.get("pitch_um", self.pixel_um))
-        self.field_max = float(notes.get("field_max", 1.0))
+        self.pitch_um = notes.get("pitch_um", self.pixel_um)
+        self.field_max = notes.get("field_max", 1.0)
         self.efl_mm = float(self.geo.foclen)
         self.fnum = float(self.geo.fnum)
         self.pupil_z_mm, self.pupil_r_mm = (float(v) for v in self.geo.get_entrance_pupil())
@@ -191,6 +191,13 @@ def _parse_json(name: str, text: str) -> dict[str, Any]:
         for key in REQUIRED:
             if not isinstance(surface, dict) or key not in surface:
                 raise LensError(f"lens {name}: surface {index} has no '{key}'")
+        if surface["type"] == "Aspheric" and surface.get("ai") and "use_ai2" not in surface:
+            raise LensError(
+                f"lens {name}: surface {index} does not say where its polynomial 'ai' starts; "
+                'add "use_ai2": true for r^2 or false for r^4'
+            )
+    if not any(surface["type"] in ("Stop", "Aperture") or surface.get("is_aperture") for surface in surfaces):
+        raise LensError(f'lens {name} has no stop; add "is_aperture": true to one surface')
     return dict(document)
 
 
@@ -201,7 +208,7 @@ def _with_sensor(name: str, suffix: str, text: str, sensor_mm: tuple[float, floa
         if "r_sensor" in document or "sensor_size" in document or "(sensor_size)" in document:
             if sensor_mm is None:
                 return text
-            for key in ("r_sensor", "(sensor_size)"):
+            for key in ("sensor_size", "(sensor_size)"):
                 document.pop(key, None)
     elif suffix == ".zmx":
         image = text[text.rfind("SURF ") :]
@@ -215,9 +222,7 @@ def _with_sensor(name: str, suffix: str, text: str, sensor_mm: tuple[float, floa
     if sensor_mm is None:
         raise LensError(f"lens {name} has no sensor; give --sensor-mm W,H")
     if suffix == ".json":
-        document["sensor_size"] = sensor_mm
-        columns = int(document.get("sensor_res", (2000, 2000))[0])
-        document["sensor_res"] = (columns, max(1, round(columns * sensor_mm[1] / sensor_mm[0])))
+        document["r_sensor"] = math.hypot(*sensor_mm) / 2  # the sides are set once the lens is read
     return json.dumps(document)
 
 
@@ -230,10 +235,34 @@ def _read(text: str, suffix: str, reference_um: float, device: torch.device) -> 
         path = Path(folder) / f"lens{suffix}"
         path.write_text(text, encoding="utf-8")
         geo = GeoLens(filename=str(path), device=device, dtype=torch.float64, primary_wvln=reference_um)
+        if suffix == ".seq":
+            _shift_aspheres(geo)
         if geo.primary_wvln != reference_um:  # a file may name its own
             geo.primary_wvln = reference_um
             geo.post_computation()
     return geo
+
+
+def _shift_aspheres(geo: Any) -> None:
+    """Move CODE V's coefficients to their orders: DeepLens 2.5 files A, that of r^4, under r^6."""
+    for surface in geo.surfaces:
+        if getattr(surface, "ai", None) is not None:
+            surface.ai, surface.ai_degree = surface.ai[1:], surface.ai_degree - 1
+            for i, coefficient in enumerate(surface.ai):
+                setattr(surface, f"ai{2 * (i + 2)}", coefficient)
+    geo.post_computation()
+
+
+def _notes(name: str, document: dict[str, Any]) -> dict[str, float]:
+    """The numbers a lens file holds for psfgen."""
+    notes = document.get("psfgen", {})
+    if not isinstance(notes, dict):
+        raise LensError(f"lens {name}: its 'psfgen' entry must hold KEY: VALUE notes")
+    found = {key: notes[key] for key in ("pitch_um", "field_max") if key in notes}
+    for key, value in found.items():
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise LensError(f"lens {name}: {key} is {value!r}; it must be a positive number")
+    return {key: float(value) for key, value in found.items()}
 
 
 @contextlib.contextmanager
@@ -248,6 +277,6 @@ def _deeplens_errors(name: str) -> Iterator[None]:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, KeyError):
             reason = f"{reason} is missing"
-        if reason.startswith("Material "):
+        if reason.startswith("Material ") and reason.endswith(" not implemented."):
             reason = f"unknown glass: {reason.removeprefix('Material ').removesuffix(' not implemented.')}"
         raise LensError(f"lens {name} cannot be read: {reason}") from None

@@ -103,7 +103,7 @@ def sensor_z_mm(lens: Lens, focus_mm: float) -> float:
     t = -(o[:, :2] * d[:, :2]).sum(-1) / (d[:, :2] ** 2).sum(-1)
     z = float((o[:, 2] + d[:, 2] * t).mean())
     last_vertex = float(lens.geo.surf_d(len(lens.geo.surfaces) - 1))
-    if not math.isfinite(z) or z <= last_vertex:
+    if not math.isfinite(z) or z <= last_vertex or bool((t <= 0).any()):
         raise LensError(
             f"focus {focus_mm:g} mm: lens {lens.name} (EFL {lens.efl_mm:.3g} mm) forms no real image of it; "
             "choose a larger --focus"

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+MOST_NOISE = 10.0  # of kernels so noisy that their halves share no sample
 
 
 def deposit(xy_um: Array, valid: NDArray[np.bool_], kernel_px: int, pitch_um: float) -> Array:
@@ -65,9 +66,9 @@ class Kernels:
 def normalise(halves: Array, bins: int) -> Kernels:
     """Deposits [..., 2, k, k] -> kernels that sum to 1, with `noise` and `noise_binned`.
 
-    Noise = |A - B| / (2 |K|), A and B the kernels of the even and the odd rays and K that of all: for
-    independent rays the expected relative L2 error of K, for a spiral a safe bound of it. A kernel that
-    only one half reaches has noise 1.
+    Noise = |A - B| / (2 |K|), A and B the kernels of the even and the odd rays and K the true kernel, for
+    which <A, B> stands, since the product of two halves holds no noise energy. For independent rays it is
+    the expected relative L2 error, for a spiral a safe bound of it. It ends at MOST_NOISE.
     """
     total = halves.sum(axis=-3)
     share = overlap_matrix(halves.shape[-1], bins)
@@ -84,8 +85,9 @@ def _unit_sum(kernel: Array) -> Array:
 
 
 def _half_difference(even: Array, odd: Array, kernel: Array) -> Array:
-    difference = np.nan_to_num(_unit_sum(even)) - np.nan_to_num(_unit_sum(odd))
-    one_sided = (even.sum(axis=(-2, -1)) == 0) | (odd.sum(axis=(-2, -1)) == 0)
-    noise = np.linalg.norm(difference, axis=(-2, -1)) / (2 * np.linalg.norm(kernel, axis=(-2, -1)))
+    a, b = np.nan_to_num(_unit_sum(even)), np.nan_to_num(_unit_sum(odd))
+    energy = np.einsum("...yx,...yx->...", a, b)
+    difference = np.linalg.norm(a - b, axis=(-2, -1))
+    noise = np.divide(difference, 2 * np.sqrt(energy), out=np.full_like(energy, MOST_NOISE), where=energy > 0)
     dark = np.isnan(kernel).any(axis=(-2, -1))
-    return np.where(dark, np.nan, np.where(one_sided, np.maximum(noise, 1.0), noise))
+    return np.where(dark, np.nan, np.minimum(noise, MOST_NOISE))

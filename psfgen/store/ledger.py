@@ -7,6 +7,7 @@ ledger/running/BLOCK.json   {block, pid, host}, its age says whether it still ru
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -65,7 +66,8 @@ class Ledger:
 
     def touch(self, block: str) -> None:
         """Record that the work on a block goes on."""
-        os.utime(self.root / "running" / f"{block}.json")
+        with contextlib.suppress(FileNotFoundError):  # another process has finished the same block
+            os.utime(self.root / "running" / f"{block}.json")
 
     def failed(self) -> dict[str, str]:
         """Name -> error of the blocks whose last try failed."""

@@ -19,15 +19,17 @@ def problems(store: Store, on_block: Callable[[], object] = lambda: None) -> Ite
 
     `on_block()` is called after each committed block.
     """
-    yield from _structure(store)
-    yield from _provenance(store)
+    faults = [*_structure(store), *_provenance(store)]
+    yield from faults
+    if faults:
+        return
     done = store.ledger.done()
     for name in sorted(done - set(store.blocks)):
         yield f"ledger: block {name} is not one of this store's"
     for index, name in enumerate(store.blocks):
         if name in done:
-            faults = list(_checksums(store, index))
-            yield from faults or _values(store, index)
+            broken = list(_checksums(store, index))
+            yield from broken or _values(store, index)
             on_block()
 
 
@@ -70,7 +72,7 @@ def _checksums(store: Store, index: int) -> Iterator[str]:
     for relative in store.chunk_files(index):
         try:
             found = store.chunk_crc32c(relative)
-        except StoreIncomplete as error:
+        except (StoreCorrupt, StoreIncomplete) as error:
             yield f"block {name}: {error}"
             continue
         if chunks.get(relative) != found:

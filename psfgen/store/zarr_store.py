@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import uuid
 import warnings
@@ -101,11 +102,19 @@ class ZarrStore:
         return paths
 
     def chunk_crc32c(self, relative: str) -> str:
-        """CRC32C of a chunk file as it lies on disk, in hex. Raises StoreIncomplete if it is not there."""
+        """CRC32C of the encoded bytes of a chunk file, in hex, as they lie on disk.
+
+        The last four bytes are that very checksum, put there by the codec; with them the CRC32C of every
+        file would be the same. Raises StoreIncomplete if the file is not there, StoreCorrupt if the two differ.
+        """
         try:
-            return f"{google_crc32c.value((self.path / relative).read_bytes()):08x}"
+            data = (self.path / relative).read_bytes()
         except FileNotFoundError:
             raise StoreIncomplete(f"{self.path}: chunk {relative} is missing; render again to make it") from None
+        found = google_crc32c.value(data[:-4])
+        if found.to_bytes(4, "little") != data[-4:]:
+            raise StoreCorrupt(f"{self.path}: chunk {relative} does not have the CRC32C it ends with")
+        return f"{found:08x}"
 
     def commit(self, block: int, entry: Mapping[str, Any]) -> None:
         """Declare a block done, with the checksums of what it wrote."""
@@ -120,10 +129,14 @@ class ZarrStore:
 
     def finalise(self) -> None:
         """Consolidate the metadata, once the last block has landed. Doing it again changes nothing."""
+        with _errors_of(self.path):
+            if "consolidated_metadata" in json.loads((self.path / "zarr.json").read_text(encoding="utf-8")):
+                return
         with warnings.catch_warnings():
-            # zarr warns that consolidation is young in format 3, and that `ledger/` is none of its own.
+            # zarr warns that consolidation is young in format 3, and that `ledger/` or the
+            # rest of a killed write is none of its own.
             warnings.filterwarnings("ignore", message="Consolidated metadata", category=ZarrUserWarning)
-            warnings.filterwarnings("ignore", message="Object at ledger", category=ZarrUserWarning)
+            warnings.filterwarnings("ignore", message="Object at", category=ZarrUserWarning)
             with _errors_of(self.path):
                 zarr.consolidate_metadata(str(self.path))
 
