@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -167,7 +165,7 @@ def load_config[C: Config](
     An override is a `--set` text "a.b=c" (the value is YAML) or a (key, value) pair from a flag.
     Raises ConfigError naming the key's full path, the value, the nearest known key or what is allowed.
     """
-    data = _merged(base or {}, _read_yaml(Path(path)) if path is not None else {})
+    data = _laid_over(model, _laid_over(model, model().model_dump(), base or {}), _read_yaml(path) if path else {})
     for override in overrides:
         if isinstance(override, tuple):
             key, value = override
@@ -179,27 +177,42 @@ def load_config[C: Config](
                 value = yaml.safe_load(text)
             except yaml.YAMLError:
                 raise ConfigError(f"--set {override}: '{text}' is no YAML value") from None
-        for part in reversed(key.strip().split(".")):
-            value = {part: value}
-        data = _merged(data, value)
+        data = _set(model, data, key.strip().split("."), value)
     try:
         return model.model_validate(data)
     except ValidationError as error:
         raise ConfigError(_explain(model, error, path)) from None
 
 
-def _merged(base: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` laid over `base`, mapping by mapping."""
-    merged = dict(base)
+def _laid_over(model: type[Config] | None, base: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    data = dict(base)
     for key, value in above.items():
-        below = merged.get(key)
-        merged[key] = _merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return merged
+        data = _set(model, data, [key], value)
+    return data
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _set(model: type[Config] | None, base: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:
+    """`base` with the value at a path. Sections (nested configs) are merged, any other value is replaced whole."""
+    key, *deeper = keys
+    section, below = _section(model, key), base.get(key)
+    below = below if isinstance(below, Mapping) else {}
+    if deeper:
+        value = _set(section, below, deeper, value)
+    elif section is not None and isinstance(value, Mapping):
+        value = _laid_over(section, below, value)
+    return {**base, key: value}
+
+
+def _section(model: type[Config] | None, key: str) -> type[Config] | None:
+    """The nested config that stands at `key`, if one does."""
+    field = model.model_fields.get(key) if model is not None else None
+    annotation = field.annotation if field is not None else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Config) else None
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise ConfigError(f"config {path} cannot be read: {reason}") from None
@@ -231,9 +244,7 @@ def _explain(model: type[Config], error: ValidationError, path: str | Path | Non
 
 def _keys_beside(model: type[Config], loc: tuple[int | str, ...]) -> list[str]:
     """The keys that may stand where the path `loc` ends."""
-    here: Any = model
+    here: type[Config] | None = model
     for part in loc[:-1]:
-        annotation = here.model_fields[str(part)].annotation
-        options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-        here = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
-    return list(here.model_fields)
+        here = _section(here, str(part))
+    return list(here.model_fields) if here is not None else []

@@ -113,9 +113,9 @@ CLASSICAL: dict[str, tuple[Callable[[Nodes], Query], int]] = {
 
 def brackets(known: Array, wanted: float) -> list[tuple[int, float]]:
     """(index, weight) of the one or two of `known` dioptres between which `wanted` lies linearly."""
-    exact = np.flatnonzero(np.isclose(known, wanted, rtol=1e-9, atol=1e-12))
-    if exact.size:
-        return [(int(exact[0]), 1.0)]
+    closest = int(np.abs(known - wanted).argmin())
+    if len(known) == 1 or np.isclose(known[closest], wanted, rtol=1e-9, atol=1e-12):
+        return [(closest, 1.0)]
     order = np.argsort(known)
     upper = int(np.clip(np.searchsorted(known[order], wanted), 1, len(known) - 1))
     low, high = order[upper - 1], order[upper]

@@ -23,7 +23,7 @@ class Board:
         if self.path.exists():
             kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
             self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self.writer: Any = SummaryWriter(str(run / "tb"), purge_step=step + 1 if step else None)
+        self.writer: Any = SummaryWriter(str(run / "tb"), purge_step=step + 1 if step else 0)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Log scalars by name."""

@@ -21,9 +21,9 @@ def path_of(run: Path, step: int) -> Path:
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint by temp file and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from psfgen.errors import FitError, RunMismatch
+from psfgen.errors import FitError, RunMismatch, StoreCorrupt
 from psfgen.store import Store, open_store
 
 CONDITION = ("field_x", "field_y", "depth", "focus")
@@ -177,9 +177,10 @@ def _slices(store: Store, number: int, conditioning: Conditioning, array: str) -
         for depth, depth_dioptre in enumerate(store.coords["depth_dioptre"]):
             kernels = store.read(array, focus=focus, depth=depth)  # [y, x, W, by, bx]
             relative = store.read(noise_name, focus=focus, depth=depth)
-            lit = np.isfinite(relative).all(axis=-1)
-            if np.isnan(kernels[lit]).any():
-                raise FitError(f"{store.path} has NaN kernels where light arrives; `psfgen verify` shows which")
+            captured = store.read("captured", focus=focus, depth=depth)
+            lit = ((captured > 0) & (store.read("throughput", depth=depth) > 0)).all(axis=-1)
+            if np.isnan(kernels[lit]).any() or np.isnan(relative[lit]).any():
+                raise StoreCorrupt(f"{store.path} has NaN where light arrives; `psfgen verify {store.path}` shows what")
             energy = np.square(kernels).sum(axis=(-2, -1))
             with np.errstate(invalid="ignore"):
                 noise = np.sqrt((relative**2 * energy).sum(axis=-1) / energy.sum(axis=-1))
