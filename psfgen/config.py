@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -207,7 +208,8 @@ def _section(model: type[Config] | None, key: str) -> type[Config] | None:
     """The nested config that stands at `key`, if one does."""
     field = model.model_fields.get(key) if model is not None else None
     annotation = field.annotation if field is not None else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Config) else None
+    options = typing.get_args(annotation) or (annotation,)
+    return next((option for option in options if isinstance(option, type) and issubclass(option, Config)), None)
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:

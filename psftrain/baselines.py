@@ -44,6 +44,17 @@ class Nodes:
         """Nodes that are not masked [Ny, Nx]."""
         return np.asarray(~np.isnan(self.values[..., 0]))
 
+    @property
+    def span_the_field(self) -> bool:
+        """Whether three nodes that are not masked lie off one line."""
+        points = self.points
+        return bool(np.linalg.matrix_rank(np.column_stack([points, np.ones(len(points))])) == 3)
+
+
+def nothing(nodes: Nodes) -> Query:
+    """No answer anywhere, for nodes that are too few."""
+    return lambda yx: np.full((len(yx), nodes.values.shape[-1]), np.nan)
+
 
 def nearest(nodes: Nodes) -> Query:
     """The kernel of the nearest node."""
@@ -91,7 +102,8 @@ def pca_rbf(nodes: Nodes) -> Query:
 
 
 def _grid(nodes: Nodes, values: Array, method: Any) -> Query:
-    found: Query = RegularGridInterpolator((nodes.y, nodes.x), values, method=method)
+    """On the grid, NaN beyond it."""
+    found: Query = RegularGridInterpolator((nodes.y, nodes.x), values, method=method, bounds_error=False)
     return found
 
 

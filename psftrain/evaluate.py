@@ -5,6 +5,7 @@ Legend: Q points of one held-out slice (store, focus, depth), W wavelengths, y x
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from psfgen.errors import RunMismatch, progress
 from psfgen.store import Store
 from psfgen.store.schema import plain
 from psftrain import metrics
-from psftrain.baselines import CLASSICAL, Nodes, Query, brackets
+from psftrain.baselines import CLASSICAL, Nodes, Query, brackets, nothing
 from psftrain.data import (
     Examples,
     fingerprint,
@@ -64,7 +65,7 @@ def evaluate(trained: Trained, heldout: str | None, *, baselines: bool = True) -
     everything = read_examples(train_stores, trained.conditioning, array)
     train, _ = withhold(everything, trained.config.data.val, trained.config.seed)
     held, held_stores = (train, train_stores) if heldout is None else _held(trained, heldout)
-    unseen = heldout is not None and not _same_points(train, held)
+    unseen = heldout is not None and not _all_trained_on(train_stores, held_stores)
 
     rows: dict[str, Predict] = {}
     if baselines and len(train_stores) == 1:
@@ -137,10 +138,13 @@ def _held(trained: Trained, path: str) -> tuple[Examples, list[Store]]:
     return read_examples(stores, trained.conditioning, array), stores
 
 
-def _same_points(train: Examples, held: Examples) -> bool:
-    """Whether every held-out place is one of the training places."""
-    known = {row.tobytes() for row in train.condition.numpy()}
-    return all(row.tobytes() in known for row in held.condition.numpy())
+def _all_trained_on(train_stores: list[Store], held_stores: list[Store]) -> bool:
+    """Whether every held-out place, lit or not, is a place of one of the training stores."""
+    axes = ("field_x", "field_y", "depth", "focus")
+    return all(
+        any(all(np.isin(held.coords[axis], train.coords[axis]).all() for axis in axes) for train in train_stores)
+        for held in held_stores
+    )
 
 
 def _predict(
@@ -179,7 +183,8 @@ def _classical(how: Callable[[Nodes], Query], store: Store, train: Examples, hel
             numbers = train.slices[number].numpy()
             values = np.full((*numbers.shape, int(np.prod(shape))), np.nan)
             values[numbers >= 0] = train.kernels[torch.from_numpy(numbers[numbers >= 0])].flatten(1).numpy()
-            queries[number] = how(Nodes(store.coords["field_y"], store.coords["field_x"], values))
+            nodes = Nodes(store.coords["field_y"], store.coords["field_x"], values)
+            queries[number] = how(nodes) if nodes.span_the_field else nothing(nodes)
         return queries[number]
 
     def predict(held: Examples, numbers: NDArray[np.int64]) -> Array:
@@ -242,6 +247,8 @@ def heldout_command(store: Store) -> str:
     config = store.attrs["config"]
     defaults = plain(RenderConfig().model_dump())
     keys = (
+        "engine",
+        "reference_um",
         "lens",
         "grid",
         "depth",
@@ -261,4 +268,4 @@ def heldout_command(store: Store) -> str:
 
 def _word(value: Any) -> str:
     items = value if isinstance(value, list) else [value]
-    return ",".join(f"{item:.10g}" if isinstance(item, float) else str(item) for item in items)
+    return shlex.quote(",".join(f"{item:.10g}" if isinstance(item, float) else str(item) for item in items))

@@ -73,7 +73,7 @@ def fit(config: FitConfig, *, resume: bool = True) -> Fitted:
         raise ConfigError(f"batch {config.batch} is larger than the {len(train)} examples; --set batch={len(train)}")
     state = runs.last_state(run, config, identity, resume=resume)
     if state is not None and state["step"] >= config.steps:
-        return Fitted(run, state["step"], runs.read_json(run / "run.json").get("metrics", {}), 0.0)
+        return Fitted(run, state["step"], runs.finish(run), 0.0)
 
     torch.manual_seed(config.seed)
     channels, rows, columns = train.kernels.shape[1:]
@@ -95,6 +95,7 @@ def fit(config: FitConfig, *, resume: bool = True) -> Fitted:
     kernels, condition = train.kernels.to(device), train.condition.to(device)
     smooth = _smoothness(train, device) if config.loss.smooth else []
     metrics: dict[str, float] = {}
+    terms: dict[str, Tensor] = {}
     first, started = step, time.monotonic()
 
     best_path = run / "checkpoints" / "best.pt"
@@ -105,7 +106,9 @@ def fit(config: FitConfig, *, resume: bool = True) -> Fitted:
         checkpoint.save(path, {"model": model.state_dict(), **training, **document})
 
     def save_step() -> None:
-        if val is None:  # best = last
+        if terms:
+            _require_finite(terms["total"], step)
+        if val is None or not best_path.exists():  # without validation best = last
             save(best_path)
         save(checkpoint.path_of(run, step))
         checkpoint.prune(run, config.keep)
@@ -120,7 +123,7 @@ def fit(config: FitConfig, *, resume: bool = True) -> Fitted:
                 optimizer.param_groups[0]["lr"] = learning_rate(config, step)
                 terms = objective(kernels[batch], condition[batch], noise.to(device), places, pairs)
                 optimizer.zero_grad(set_to_none=True)
-                terms["total"].backward()
+                torch.autograd.backward(terms["total"])
                 if config.clip is not None:
                     torch.nn.utils.clip_grad_norm_(objective.parameters(), config.clip)
                 optimizer.step()
@@ -144,9 +147,9 @@ def fit(config: FitConfig, *, resume: bool = True) -> Fitted:
                         if found["val_prior/rel_l2"] < best:
                             best = found["val_prior/rel_l2"]
                             save(best_path)
-                if stopped or (step % config.save_every == 0 and not last):
+                if not last and (stopped or step % config.save_every == 0):
                     save_step()
-                if stopped:
+                if stopped and not last:
                     raise Preempted(f"stopped by {stopped[0]} after step {step}; saved, the same command goes on")
             save_step()
         finally:
@@ -205,11 +208,15 @@ def _smoothness(train: Examples, device: torch.device) -> list[tuple[Tensor, Ten
 
 
 def _metrics(terms: dict[str, Tensor], step: int) -> dict[str, float]:
+    _require_finite(terms["total"], step)
     values = {name: float(term.detach()) for name, term in terms.items()}
-    if not math.isfinite(values["total"]):
-        raise FitError(f"the loss is no longer finite at step {step}; the last checkpoint is kept, try a lower lr")
     active = values.pop("active_dims")
     return {**{f"loss/{name}": value for name, value in values.items()}, "kl/active_dims": active}
+
+
+def _require_finite(loss: Tensor, step: int) -> None:
+    if not math.isfinite(float(loss.detach())):
+        raise FitError(f"the loss is no longer finite at step {step}; the last checkpoint is kept, try a lower lr")
 
 
 def _pictures(

@@ -44,9 +44,10 @@ def headline(report: dict[str, Any], advice: str) -> str:
         return f"The model's prior mean errs {ours:.1%} on {report['n']} held-out points (no baselines)"
     theirs = report["rows"][best]["rel_l2"]["mean"]
     verdict = "beats" if report["beats_best_classical"] else "does NOT beat"
+    ratio = f", a ratio of {ours / theirs:.2f}" if theirs > 0 else ""
     return (
         f"The model {verdict} the best classical interpolation on {report['n']} held-out points: "
-        f"mean error {ours:.1%} against {theirs:.1%} ({TITLES[best]}), a ratio of {ours / theirs:.2f}"
+        f"mean error {ours:.1%} against {theirs:.1%} ({TITLES[best]}){ratio}"
     )
 
 

@@ -30,6 +30,8 @@ def last_state(run: Path, config: FitConfig, identity: dict[str, Any], *, resume
 
     Raises RunMismatch where the directory holds another run, or (without `resume`) any.
     """
+    if run.exists() and not run.is_dir():
+        raise RunMismatch(f"{run} is no folder; choose another --run")
     if not run.exists() or not any(run.iterdir()):
         return None
     if not (run / "config.yaml").exists():
@@ -44,6 +46,8 @@ def last_state(run: Path, config: FitConfig, identity: dict[str, Any], *, resume
                 f"{run} holds a run with {key} = {found.get(key)}, this one has {wanted.get(key)}; choose another --run"
             )
     steps = checkpoint.steps(run)
+    if not steps and not (run / "run.json").exists():  # cut off before it began
+        return None
     state = checkpoint.load(checkpoint.path_of(run, steps[-1])) if steps else read_json(run / "run.json")
     require_same(state["fingerprint"], identity["fingerprint"], f"store {config.store[0]} for the run {run}")
     if state["plan_sha256"] != identity["plan_sha256"]:
@@ -71,9 +75,13 @@ def prepare(run: Path, config: FitConfig, identity: dict[str, Any], train: Examp
         raise FitError(f"run {run} cannot be written: {error.strerror}; choose another --run") from None
 
 
-def finish(run: Path, metrics: dict[str, float]) -> None:
-    """Mark a run as finished."""
-    write_json_atomically(run / "run.json", {**read_json(run / "run.json"), "status": "finished", "metrics": metrics})
+def finish(run: Path, metrics: dict[str, float] | None = None) -> dict[str, float]:
+    """Mark a run as finished, unless it is; returns its last metrics."""
+    document = read_json(run / "run.json")
+    last: dict[str, float] = document.get("metrics", {}) if metrics is None else metrics
+    if document["status"] != "finished" or last != document.get("metrics"):
+        write_json_atomically(run / "run.json", {**document, "status": "finished", "metrics": last})
+    return last
 
 
 def read_json(path: Path) -> dict[str, Any]:

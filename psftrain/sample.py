@@ -40,7 +40,7 @@ def grid_points(
 def csv_points(path: str) -> NDArray[Any]:
     """Points [P, 4] from a CSV file with the columns field_x, field_y, depth_mm, focus_mm."""
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
@@ -105,8 +105,8 @@ def write(
         import xarray as xr
 
         data = xr.Dataset({"psf_binned": ((*dims, "wavelength", "by", "bx"), kernels)}, {**coords, **columns})
-        for name in coords:
-            data[name].attrs = dict(COORD_ATTRS[name])
+        for name in data.coords:
+            data[name].attrs = dict(COORD_ATTRS[str(name).removesuffix("_mm")])
         data["psf_binned"].attrs = {"units": "1", "run": str(trained.path), "path": "prior mean"}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Consolidated metadata")  # young in zarr format 3
