@@ -113,7 +113,7 @@ def render(
     from psfgen.store.schema import plain
 
     if dry_run:
-        return _dry_run(job, as_json)
+        return _dry_run(job, shard, as_json)
     bars: list[Any] = []
 
     def start(plan: Any, kernels: int) -> None:
@@ -148,29 +148,39 @@ def render(
     return 0
 
 
-def _dry_run(job: Any, as_json: bool) -> int:
+def _dry_run(job: Any, shard: str | None, as_json: bool) -> int:
     from psfgen.engines import engine_class
+    from psfgen.executors import executor
+    from psfgen.plan import share
     from psfgen.render import load, resolve_device
+    from psfgen.show import span
     from psfgen.store import schema
+    from psfgen.store.open import store_class
 
-    engine_class(job.engine)
+    engine_class(job.engine), executor(job.executor), store_class(job.format)
     lens, plan = load(job, resolve_device(job.device))
+    blocks = len(share(plan.blocks, shard))
     band = schema.StoreSpec(plan.coords, {}).band_rows
     row_bytes = plan.kernels_per_block // len(plan.coords["field_y"]) * 4 * plan.config.kernel_px**2
     memory = band * row_bytes + 600 * 2**20  # a band of all focus distances, the libraries and a batch of rays
     document = {
         "config": plan.config.model_dump(),
         "plan_sha256": plan.sha256,
-        "kernels": plan.kernels,
-        "blocks": len(plan.blocks),
+        "kernels": blocks * plan.kernels_per_block,
+        "blocks": blocks,
         "bytes": plan.nbytes,
         "memory_bytes": memory,
         "paths": {"store": plan.config.out},
     }
     text = (
         f"lens {lens.name}: EFL {lens.efl_mm:.3f} mm, F/{lens.fnum:.2f}\n"
-        f"{plan.kernels} kernels in {len(plan.blocks)} blocks, {plan.nbytes / 2**20:.0f} MiB before compression, "
-        f"about {memory / 2**20:.0f} MiB of memory a worker\n"
+        f"depth {span(plan.coords['depth'])} mm, focus {span(plan.coords['focus'])} mm, "
+        f"wavelength {span(plan.coords['wavelength'])} um\n"
+        f"field x {span(plan.coords['field_x'])}, y {span(plan.coords['field_y'])} half sensor sides\n"
+        f"{plan.config.kernel_px} x {plan.config.kernel_px} samples of {plan.config.pitch_um:g} um, "
+        f"{plan.config.spp} rays a kernel\n"
+        f"{document['kernels']} kernels in {blocks} block(s); the store holds {plan.nbytes / 2**20:.0f} MiB before "
+        f"compression, a worker takes about {memory / 2**20:.0f} MiB of memory\n"
         f"would be rendered into {plan.config.out}"
     )
     _answer("render", document, text, as_json)
@@ -196,7 +206,8 @@ def status(store: str, verbose: bool, as_json: bool) -> int:
     }
     lines = [f"{store}: {counts['done']} of {total} blocks done, {len(running)} running, {len(failed)} failed"]
     lines += [f"{block} failed: {error}" for block, error in sorted(failed.items())]
-    _answer("status", {"complete": not missing, "blocks": counts, "failed": failed}, "\n".join(lines), as_json)
+    document = {"ok": not missing, "complete": not missing, "blocks": counts, "failed": failed}
+    _answer("status", {**document, "paths": {"store": store}}, "\n".join(lines), as_json)
     return 3 if missing else 0
 
 
@@ -210,15 +221,17 @@ def verify(store: str, verbose: bool, as_json: bool) -> int:
 
     opened = open_store(store, allow_incomplete=True)
     missing = len(opened.missing())
-    bar = progress(len(opened.blocks) - missing, "verify", "block") if missing < len(opened.blocks) else None
+    bar = progress(len(opened.blocks) - missing, "verify", "block")
     try:
-        faults = list(problems(opened, on_block=bar.update if bar else lambda: None))
+        faults = list(problems(opened, on_block=bar.update))
     finally:
-        if bar:
-            bar.close()
+        bar.close()
     state = "corrupt" if faults else "incomplete" if missing else "sound"
-    lines = [f"{store}: {state}, {len(opened.blocks) - missing} of {len(opened.blocks)} blocks checked", *faults]
+    lines = [f"{store}: {state}, {bar.n} of {len(opened.blocks)} blocks checked", *faults]
+    if faults:
+        lines.append(f"to mend a block: delete {store}/ledger/BLOCK.json and run the same render again")
     document = {"ok": not faults and not missing, "complete": not missing, "problems": faults}
+    document["paths"] = {"store": store}
     _answer("verify", document, "\n".join(lines), as_json)
     return 1 if faults else 3 if missing else 0
 

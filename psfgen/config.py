@@ -69,7 +69,8 @@ def parse_distances_mm(value: object) -> tuple[float, ...]:
     else:
         near, far = 1 / first, 1 / last
         inner = [math.inf if (d := near + (far - near) * s) == 0 else 1 / d for s in steps]
-    inner[0], inner[-1] = first, last  # exactly as typed, free of rounding
+    inner = [round(distance_mm, 9) for distance_mm in inner]
+    inner[0], inner[-1] = first, last  # exactly as typed
     return _ascending(inner, "distance", "mm")
 
 

@@ -17,6 +17,7 @@ A message names what is wrong, the value that was given and the way out, in one 
 
 from __future__ import annotations
 
+import json
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -85,9 +86,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def report(command: Callable[[], Any], argv: list[str] | None = None) -> int:
     """Run a command line; turn whatever it raises into one line on stderr and an exit code.
 
-    The traceback is shown only where `-v` stands in the arguments.
+    The traceback is shown only where `-v` stands in the arguments; `--json` gets a document on stdout too.
     """
-    verbose = not {"-v", "--verbose"}.isdisjoint(sys.argv[1:] if argv is None else argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    verbose = not {"-v", "--verbose"}.isdisjoint(arguments)
     caught: BaseException
     try:
         result = command()
@@ -110,9 +112,12 @@ def report(command: Callable[[], Any], argv: list[str] | None = None) -> int:
                 line += " (unexpected; -v shows where)"
     else:
         return result if isinstance(result, int) else 0
+    line = " ".join(line.split())
     if verbose:
         traceback.print_exception(caught)
-    print(f"error: {' '.join(line.split())}", file=sys.stderr)
+    print(f"{'stopped' if isinstance(caught, Preempted) else 'error'}: {line}", file=sys.stderr)
+    if "--json" in arguments:
+        print(json.dumps({"schema": 1, "ok": False, "error": line, "exit_code": code}, indent=2))
     return code
 
 

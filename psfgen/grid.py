@@ -14,11 +14,13 @@ def field_axes(count: int, layout: str, field_max: float, seed: int) -> tuple[Ar
 
     - "grid": `count` values a side over [-field_max, field_max]; 1 is the axis alone
     - "cells": the centres of that grid's cells, `count - 1` a side
-    - "random": `count` seeded draws a side, uniform over the same span
+    - "random": `count` a side, one seeded draw in each of `count` equal strips of the same span, so that
+      rows and columns are random and yet reach everywhere
     """
     if layout == "random":
         rng = np.random.default_rng(np.random.SeedSequence([seed, LAYOUTS.index(layout)]))
-        return tuple(np.sort(rng.uniform(-field_max, field_max, count)) for _ in "xy")  # type: ignore[return-value]
+        strips = (2 * (np.arange(count) + rng.uniform(size=(2, count))) / count - 1) * field_max
+        return strips[0], strips[1]
     nodes = np.linspace(-field_max, field_max, count) if count > 1 else np.zeros(1)
     axis = (nodes[1:] + nodes[:-1]) / 2 if layout == "cells" else nodes
     axis = (axis - axis[::-1]) / 2  # exactly symmetric, so that mirrored points are mirrored to the last bit

@@ -240,7 +240,7 @@ def shortfalls(store: Store) -> Iterator[str]:
     if cut.any():
         yield (
             f"{cut.sum()} of {cut.size} kernels keep less than 90 % of their energy in the window "
-            f"(least {captured[~dark].min():.0%} at {_where(store, np.where(dark, np.inf, captured).argmin())}); "
+            f"(least {captured[~dark].min():.1%} at {_where(store, np.where(dark, np.inf, captured).argmin())}); "
             "a larger --pitch-um or --kernel-px keeps more"
         )
     noisy = noise > 0.3
@@ -248,7 +248,8 @@ def shortfalls(store: Store) -> Iterator[str]:
         yield (
             f"{noisy.sum()} of {noisy.size} kernels have an estimated error above 30 % "
             f"(worst {np.nanmax(noise):.0%} at {_where(store, np.nanargmax(noise))}, "
-            f"median {np.nanmedian(noise):.1%}); more rays (--spp) lower it"
+            f"median {np.nanmedian(noise):.1%}, binned {np.nanmedian(store.read('noise_binned')):.1%}); "
+            "more rays (--spp) lower it"
         )
     if vignetted.any():
         yield f"{vignetted.sum()} of {dark.size} kernels get no light and are NaN; a smaller --field-max avoids them"

@@ -45,11 +45,11 @@ def describe(store: Store) -> tuple[dict[str, Any], str]:
         f"kernels    {size}",
         f"sampling   {len(coords['kx'])} x {len(coords['ky'])} samples of {attrs['pitch_um']:g} um, "
         f"binned to {len(coords['bx'])} x {len(coords['by'])}; wavelengths {waves} um",
-        f"depth      {_span(coords['depth'])} mm",
-        f"focus      {_span(coords['focus'])} mm, sensor at "
+        f"depth      {span(coords['depth'])} mm",
+        f"focus      {span(coords['focus'])} mm, sensor at "
         + ", ".join(f"{z:.4f}" for z in attrs["sensor_z_mm"].values())
         + " mm",
-        f"field      x {_span(coords['field_x'])}, y {_span(coords['field_y'])} half sensor sides of "
+        f"field      x {span(coords['field_x'])}, y {span(coords['field_y'])} half sensor sides of "
         + " x ".join(f"{side:g}" for side in attrs["sensor_mm"])
         + " mm",
         f"made by    plan {attrs['plan_sha256'][:12]}, seed {attrs['seed']}, "
@@ -67,8 +67,13 @@ def describe(store: Store) -> tuple[dict[str, Any], str]:
     return document, "\n".join(lines)
 
 
-def _span(values: NDArray[np.float64]) -> str:
+def span(values: NDArray[np.float64]) -> str:
+    """A coordinate in words: its value, or its ends and how many there are."""
     return f"{values[0]:.6g}" if len(values) == 1 else f"{values[0]:.6g} to {values[-1]:.6g} ({len(values)})"
+
+
+def _metres(distance_mm: float) -> str:
+    return "inf" if np.isinf(distance_mm) else f"{distance_mm / 1000:.4g} m"
 
 
 def contact_sheets(store: Store, out: Path, *, depth: str | None = None, focus: str | None = None) -> list[Path]:
@@ -84,7 +89,8 @@ def contact_sheets(store: Store, out: Path, *, depth: str | None = None, focus: 
     for f, d in pairs:
         page = out
         if len(pairs) > 1:
-            distances = f"depth{store.coords['depth'][d]:.0f}mm-focus{store.coords['focus'][f]:.0f}mm"
+            distances = f"depth-{_metres(store.coords['depth'][d])}-focus-{_metres(store.coords['focus'][f])}"
+            distances = distances.replace(" ", "")
             page = out.with_name(f"{out.stem}-{distances}{out.suffix or '.png'}")
         _save(_draw(store, f, d), page)
         pages.append(page)
@@ -153,8 +159,8 @@ def _draw(store: Store, focus: int, depth: int) -> Figure:
     _scale_bar(axes, store, side, zoom)
     waves = ", ".join(f"{w:g}" for w in coords["wavelength"])
     axes.set_title(
-        f"{store.attrs['lens']['name']}   depth {coords['depth'][depth] / 1000:.4g} m   "
-        f"focus {coords['focus'][focus] / 1000:.4g} m   {waves} um\n"
+        f"{store.attrs['lens']['name']}   depth {_metres(coords['depth'][depth])}   "
+        f"focus {_metres(coords['focus'][focus])}   {waves} um\n"
         "tiles scaled to their own peak, gamma 2.2; % = energy in the window, worst channel",
         fontsize=9,
     )

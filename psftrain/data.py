@@ -118,7 +118,8 @@ def require_same(expected: dict[str, Any], found: dict[str, Any], what: str) -> 
     """Raise RunMismatch, naming the first difference, unless two fingerprints are equal."""
     for key, value in expected.items():
         if found.get(key) != value:
-            raise RunMismatch(f"{what}: {key} is {found.get(key)}, but {value} was trained on")
+            there, here = (str(v)[:12] if key.endswith("sha256") else v for v in (found.get(key), value))
+            raise RunMismatch(f"{what}: {key} is {there}, but {here} was trained on")
 
 
 def open_stores(paths: Sequence[str], array: str) -> list[Store]:

@@ -47,6 +47,7 @@ class Evaluation:
     report: dict[str, Any]
     truth: Array  # [n, W, y, x]
     field_xy: Array  # [n, 2]
+    distances_mm: Array  # [n, 2] depth, focus
     kernels: dict[str, Array]  # of the points in `shown` [s, W, y, x]
     shown: NDArray[np.int64]
     errors: dict[str, Array]  # rel_l2 [n]
@@ -115,7 +116,13 @@ def evaluate(trained: Trained, heldout: str | None, *, baselines: bool = True) -
     where = np.flatnonzero(scored)
     field = held.condition[torch.from_numpy(where), :2].numpy() * trained.conditioning.field_max
     pictures = {name: found[scored][shown] for name, found in predictions.items()}
-    return Evaluation(report, truth, field.astype(np.float64), pictures, shown, errors)
+    distances = np.array(
+        [
+            (held_stores[store].coords["depth"][depth], held_stores[store].coords["focus"][focus])
+            for store, focus, depth in held.index[where, :3]
+        ]
+    )
+    return Evaluation(report, truth, field.astype(np.float64), distances, pictures, shown, errors)
 
 
 def _mean(table: dict[str, Any], name: str) -> float:

@@ -150,7 +150,7 @@ def fit(config: FitConfig, *, resume: bool = True) -> Fitted:
                 if not last and (stopped or step % config.save_every == 0):
                     save_step()
                 if stopped and not last:
-                    raise Preempted(f"stopped by {stopped[0]} after step {step}; saved, the same command goes on")
+                    raise Preempted(f"{stopped[0]} after step {step}; saved, the same command goes on")
             save_step()
         finally:
             bar.close()

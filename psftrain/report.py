@@ -152,11 +152,14 @@ def _examples(evaluation: Evaluation) -> Figure:
     FigureCanvasAgg(figure)
     axes = figure.subplots(1 + 2 * len(names), count, squeeze=False)
     colours = channels_to_rgb(truth)
+    several = len(np.unique(evaluation.distances_mm, axis=0)) > 1
     for column in range(count):
         peak = float(colours[column].max())
         axes[0, column].imshow(stretch(colours[column], peak))
         x, y = evaluation.field_xy[evaluation.shown[column]]
-        axes[0, column].set_title(f"({x:.2f}, {y:.2f})", fontsize=8)
+        depth, focus = evaluation.distances_mm[evaluation.shown[column]] / 1000
+        where = f"\ndepth {depth:.4g} m\nfocus {focus:.4g} m" if several else ""
+        axes[0, column].set_title(f"({x:.2f}, {y:.2f}){where}", fontsize=8)
         for i, name in enumerate(names):
             found = evaluation.kernels[name][column]
             axes[1 + i, column].imshow(stretch(np.clip(channels_to_rgb(found[None])[0], 0, None), peak))
@@ -197,5 +200,7 @@ def _error_map(evaluation: Evaluation) -> Figure:
         ax.set_aspect("equal")
         ax.set_xlabel("field x")
         ax.set_ylabel("field y")
-    figure.colorbar(drawn, ax=list(axes), label="relative L2 error, %")
+    figure.colorbar(
+        drawn, ax=list(axes), label="relative L2 error, %, mean over depths and focus distances", extend="max"
+    )
     return figure

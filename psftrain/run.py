@@ -43,7 +43,8 @@ def last_state(run: Path, config: FitConfig, identity: dict[str, Any], *, resume
     for key in wanted | found:
         if key not in WHERE and found.get(key) != wanted.get(key):
             raise RunMismatch(
-                f"{run} holds a run with {key} = {found.get(key)}, this one has {wanted.get(key)}; choose another --run"
+                f"{run} holds a run with {key} = {found.get(key)}, this one has {wanted.get(key)}; "
+                f"choose another --run, or delete {run}"
             )
     steps = checkpoint.steps(run)
     if not steps and not (run / "run.json").exists():  # cut off before it began
