@@ -179,8 +179,9 @@ def _dry_run(job: Any, shard: str | None, as_json: bool) -> int:
         f"field x {span(plan.coords['field_x'])}, y {span(plan.coords['field_y'])} half sensor sides\n"
         f"{plan.config.kernel_px} x {plan.config.kernel_px} samples of {plan.config.pitch_um:g} um, "
         f"{plan.config.spp} rays a kernel\n"
-        f"{document['kernels']} kernels in {blocks} block(s); the store holds {plan.nbytes / 2**20:.0f} MiB before "
-        f"compression, a worker takes about {memory / 2**20:.0f} MiB of memory\n"
+        f"{document['kernels']} kernels in {blocks} {'block' if blocks == 1 else 'blocks'}; "
+        f"the store holds {plan.nbytes / 2**20:.0f} MiB before compression, "
+        f"a worker takes about {memory / 2**20:.0f} MiB of memory\n"
         f"would be rendered into {plan.config.out}"
     )
     _answer("render", document, text, as_json)

@@ -69,7 +69,7 @@ def parse_distances_mm(value: object) -> tuple[float, ...]:
     else:
         near, far = 1 / first, 1 / last
         inner = [math.inf if (d := near + (far - near) * s) == 0 else 1 / d for s in steps]
-    inner = [round(distance_mm, 9) for distance_mm in inner]
+    inner = [float(f"{distance_mm:.15g}") for distance_mm in inner]  # 1500, not 1499.9999999999998
     inner[0], inner[-1] = first, last  # exactly as typed
     return _ascending(inner, "distance", "mm")
 

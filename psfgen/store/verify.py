@@ -43,12 +43,17 @@ def _structure(store: Store) -> Iterator[str]:
         try:
             shape = store.read(name, depth=slice(0, 0)).shape
         except StoreCorrupt as error:
-            yield str(error)
+            yield _fault(error)
             continue
         expected = list(store.spec.shape(name))
         expected[schema.ARRAY_DIMS[name].index("depth")] = 0
         if list(shape) != expected:
             yield f"{name} has shape {shape}, its coordinates say {tuple(expected)}"
+
+
+def _fault(error: StoreCorrupt) -> str:
+    """What is wrong, without the advice to run `psfgen verify`."""
+    return str(error).partition("; `psfgen verify")[0]
 
 
 def _provenance(store: Store) -> Iterator[str]:
@@ -64,7 +69,7 @@ def _checksums(store: Store, index: int) -> Iterator[str]:
     try:
         entry = store.ledger.read(name)
     except StoreCorrupt as error:
-        yield str(error)
+        yield _fault(error)
         return
     if entry.get("plan_sha256") != store.attrs.get("plan_sha256"):
         yield f"block {name}: its ledger entry belongs to another plan"
@@ -99,7 +104,7 @@ def _values(store: Store, index: int) -> Iterator[str]:
             for focus in range(len(store.coords["focus"])):
                 yield from _kernels(f"block {name}: {what}", store.read(what, focus=focus, **here), dark[focus])
     except StoreCorrupt as error:
-        yield str(error)
+        yield _fault(error)
 
 
 def _kernels(label: str, kernels: np.ndarray, dark: np.ndarray) -> Iterator[str]:

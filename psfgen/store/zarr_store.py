@@ -196,4 +196,4 @@ def _errors_of(path: Path, array: str = "") -> Iterator[None]:
         raise StoreError(f"{where}: {error.strerror or error}") from None
     except (BaseZarrError, KeyError, ValueError, RuntimeError, TypeError) as error:
         text = str(error) or type(error).__name__
-        raise StoreCorrupt(f"{where} is corrupt: {text}") from None
+        raise StoreCorrupt(f"{where} is corrupt ({text}); `psfgen verify {path}` shows what") from None

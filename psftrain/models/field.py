@@ -50,7 +50,9 @@ class FieldCVAE(CVAE):
         self.prior_net = GaussianHead(encoded, config.width, config.layers, config.latent, nn.SiLU)
         self.from_pixel = nn.Linear(3, config.width)
         self.from_condition = nn.Linear(4 + config.latent, config.width, bias=False)
-        self.decoder = nn.Sequential(nn.SiLU(), mlp(config.width, config.width, config.layers - 1, channels, nn.SiLU))
+        # Without a last bias: the softmax over bins does not see it.
+        to_logits = mlp(config.width, config.width, config.layers - 1, channels, nn.SiLU, bias=False)
+        self.decoder = nn.Sequential(nn.SiLU(), to_logits)
         y = -(torch.arange(rows) - (rows - 1) / 2) / (rows / 2)  # row 0 is +y
         x = (torch.arange(columns) - (columns - 1) / 2) / (columns / 2)
         grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")

@@ -20,13 +20,15 @@ def fourier(xy: Tensor, octaves: int) -> Tensor:
     return torch.cat([scaled.sin(), scaled.cos()], dim=-1).flatten(-2)
 
 
-def mlp(inputs: int, width: int, hidden: int, outputs: int, activation: type[nn.Module]) -> nn.Sequential:
-    """`hidden` layers of `width`, each followed by the activation, then a linear layer."""
+def mlp(
+    inputs: int, width: int, hidden: int, outputs: int, activation: type[nn.Module], bias: bool = True
+) -> nn.Sequential:
+    """`hidden` layers of `width`, each followed by the activation, then a linear layer (without `bias` if so asked)."""
     sizes = [inputs, *[width] * hidden]
     layers: list[nn.Module] = []
     for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b), activation()]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs, bias=bias))
 
 
 class GaussianHead(nn.Module):
