@@ -1,0 +1,302 @@
+"""Sampling a model: the prior's mean at any points, labelled, and refused beyond what was trained."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray
+from conftest import contents
+from numpy.typing import NDArray
+from training import job, make_store, one_line_error, psftrain
+
+from psftrain.fit import fit
+from psftrain.run import Trained, load_run
+from psftrain.sample import COLUMNS, sample
+
+Array = NDArray[Any]
+UNITS = {
+    "focus": "mm",
+    "depth": "mm",
+    "field_y": "1",
+    "field_x": "1",
+    "wavelength": "um",
+    "by": "um",
+    "bx": "um",
+    "depth_mm": "mm",
+    "focus_mm": "mm",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained over 1 m to infinity at one focus, up to field 0.8 of a wide sensor."""
+    folder = tmp_path_factory.mktemp("sample")
+    store = make_store(folder / "s.zarr", depth=(1000.0, math.inf), field_max=0.8, sensor_mm=(8.0, 6.0))
+    fit(job(store, folder / "run"))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained at one depth, infinity, and one focus."""
+    folder = tmp_path_factory.mktemp("single")
+    fit(job(make_store(folder / "s.zarr", grid=3, depth=(math.inf,)), folder / "run", steps=1))
+    return folder / "run"
+
+
+def expected(trained: Trained, x: float, y: float, depth_mm: float, focus_mm: float) -> Array:
+    """The decoded mean of the prior at a place, with the condition written out."""
+    low, high = trained.conditioning.depth_dioptre
+    depth = (2 * (1000 / depth_mm) - low - high) / (high - low) if high > low else 0.0
+    assert len(set(trained.conditioning.focus_dioptre)) == 1
+    reach = trained.conditioning.field_max
+    condition = torch.tensor([[x / reach, y / reach, depth, 0.0]], dtype=torch.float32)
+    with torch.no_grad():
+        return trained.model.decode(trained.model.prior(condition).mean, condition)[0].numpy()
+
+
+# --- grids ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_as_npz(run: Path, tmp_path: Path) -> None:
+    ran = psftrain("sample", run, "--grid", 3, "--depth", "1m,2m,inf", "--out", tmp_path / "new" / "field.npz")
+    assert (ran.code, ran.out) == (0, f"{tmp_path / 'new' / 'field.npz'}: 27 points\n")
+    with np.load(tmp_path / "new" / "field.npz", allow_pickle=False) as found:
+        kernels = found["psf_binned"]
+        assert kernels.shape == (1, 3, 3, 3, 3, 5, 5)
+        assert kernels.dtype == np.float32
+        assert found["field_x"].tolist() == found["field_y"].tolist() == [-0.8, 0, 0.8]
+        assert found["depth"].tolist() == [1000, 2000, math.inf]
+        assert found["focus"].tolist() == [2000]
+        assert found["wavelength"].tolist() == [0.48, 0.55, 0.64]
+        assert found["bx"] == pytest.approx((np.arange(5) - 2) * 8.0)
+        assert found["by"] == pytest.approx((2 - np.arange(5)) * 8.0)
+        trained = load_run(run)
+        for d, depth in enumerate(found["depth"]):
+            for row, y in enumerate(found["field_y"]):
+                for column, x in enumerate(found["field_x"]):
+                    assert kernels[0, d, row, column] == pytest.approx(expected(trained, x, y, depth, 2000), abs=1e-6)
+
+
+def test_a_grid_as_zarr_is_a_labelled_dataset(run: Path, tmp_path: Path) -> None:
+    """Opened without a warning, which would be an error here."""
+    path = tmp_path / "field.zarr"
+    assert psftrain("sample", run, "--grid", 4, "--depth", "1m:inf:3", "--out", path).code == 0
+    with xarray.open_zarr(path) as found:
+        assert found["psf_binned"].dims == ("focus", "depth", "field_y", "field_x", "wavelength", "by", "bx")
+        assert found["psf_binned"].attrs["units"] == "1"
+        assert {name: found[name].attrs.get("units") for name in found.coords} == {
+            name: UNITS[name] for name in found["psf_binned"].dims
+        }
+        assert all(found[name].attrs["long_name"] for name in found.coords)
+        assert found["depth"].values.tolist() == pytest.approx([1000, 2000, math.inf])
+        assert np.all(np.diff(found["by"]) < 0)
+        assert np.all(np.diff(found["bx"]) > 0)
+        one = found["psf_binned"].sel(depth=2000, focus=2000).isel(field_y=0, field_x=3).values
+        assert one == pytest.approx(expected(load_run(run), 0.8, -0.8, 2000, 2000), abs=1e-6)
+        assert found["psf_binned"].sum(("by", "bx")).values == pytest.approx(np.ones((1, 3, 4, 4, 3)), abs=1e-5)
+
+
+def test_both_formats_hold_the_same(run: Path, tmp_path: Path) -> None:
+    for name in ("field.npz", "field.zarr"):
+        assert psftrain("sample", run, "--grid", 2, "--depth", "3m", "--out", tmp_path / name).code == 0
+    with np.load(tmp_path / "field.npz") as npz, xarray.open_zarr(tmp_path / "field.zarr") as zarr:
+        assert set(npz.files) == {"psf_binned", *zarr.coords}
+        assert all(np.array_equal(npz[name], zarr[name].values) for name in npz.files)
+
+
+@pytest.mark.parametrize(("depth", "focus"), [(None, None), ("inf", None), ("inf", "2m"), (None, "2000mm")])
+def test_what_did_not_vary_need_not_be_said(single: Path, tmp_path: Path, depth: str | None, focus: str | None) -> None:
+    given = [word for flag, text in (("--depth", depth), ("--focus", focus)) if text for word in (flag, text)]
+    assert psftrain("sample", single, "--grid", 1, *given, "--out", tmp_path / "a.npz").code == 0
+    with np.load(tmp_path / "a.npz") as found:
+        assert (found["depth"].tolist(), found["focus"].tolist()) == ([math.inf], [2000])
+        assert (found["field_x"].tolist(), found["field_y"].tolist()) == ([0], [0]), "one point is the axis"
+        assert found["psf_binned"][0, 0, 0, 0] == pytest.approx(expected(load_run(single), 0, 0, math.inf, 2000))
+
+
+def test_many_points_are_what_each_is_alone(single: Path) -> None:
+    """More than a batch."""
+    trained, rng = load_run(single), np.random.default_rng(0)
+    points = np.column_stack([rng.uniform(-1, 1, (700, 2)), np.full(700, math.inf), np.full(700, 2000.0)])
+    found = sample(trained, points)
+    assert found.shape == (700, 3, 5, 5)
+    for index in (0, 511, 512, 699):
+        assert found[index] == pytest.approx(expected(trained, *points[index]), abs=1e-6)
+
+
+def test_a_document(run: Path, tmp_path: Path) -> None:
+    ran = psftrain("sample", run, "--grid", 2, "--depth", "1m", "--out", tmp_path / "a.npz", "--json")
+    paths = {"out": str(tmp_path / "a.npz")}
+    assert ran.document == {"schema": 1, "command": "sample", "ok": True, "paths": paths, "kernels": 4}
+
+
+def test_full_size_kernels(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", grid=3)
+    fit(job(store, tmp_path / "run", steps=1, data__array="psf"))
+    assert psftrain("sample", tmp_path / "run", "--grid", 2, "--out", tmp_path / "a.zarr").code == 0
+    with xarray.open_zarr(tmp_path / "a.zarr") as found:
+        (array,) = found.data_vars.values()
+        assert array.shape[-2:] == (10, 10)
+        places = found[array.dims[-1]].values
+        assert places == pytest.approx((np.arange(10) - 4.5) * 4.0)
+
+
+# --- points of one's own ----------------------------------------------------------------------------------------------
+
+CSV = "field_x,field_y,depth_mm,focus_mm\n0.1,-0.5,1500,2000\n-0.8,0.8,inf,2000\n0,0,1m,2m\n"
+POINTS = [(0.1, -0.5, 1500.0, 2000.0), (-0.8, 0.8, math.inf, 2000.0), (0.0, 0.0, 1000.0, 2000.0)]
+
+
+@pytest.fixture
+def csv(tmp_path: Path) -> Path:
+    path = tmp_path / "points.csv"
+    path.write_text(CSV)
+    return path
+
+
+def test_points_as_npz(run: Path, csv: Path, tmp_path: Path) -> None:
+    ran = psftrain("sample", run, "--at", csv, "--out", tmp_path / "a.npz")
+    assert (ran.code, ran.out) == (0, f"{tmp_path / 'a.npz'}: 3 points\n")
+    with np.load(tmp_path / "a.npz") as found:
+        assert found["psf_binned"].shape == (3, 3, 5, 5)
+        for name, values in zip(COLUMNS, zip(*POINTS, strict=True), strict=True):
+            assert found[name].tolist() == list(values)
+        for kernels, point in zip(found["psf_binned"], POINTS, strict=True):
+            assert kernels == pytest.approx(expected(load_run(run), *point), abs=1e-6)
+
+
+def test_points_as_zarr(run: Path, csv: Path, tmp_path: Path) -> None:
+    """Every coordinate with its unit."""
+    assert psftrain("sample", run, "--at", csv, "--out", tmp_path / "a.zarr").code == 0
+    with xarray.open_zarr(tmp_path / "a.zarr") as found:
+        assert found["psf_binned"].dims == ("point", "wavelength", "by", "bx")
+        assert set(found.coords) == {*COLUMNS, "wavelength", "by", "bx"}
+        for column, name in enumerate(COLUMNS):
+            assert found[name].dims == ("point",)
+            assert found[name].values.tolist() == [point[column] for point in POINTS]
+        for index, point in enumerate(POINTS):
+            kernels = found["psf_binned"].isel(point=index).values
+            assert kernels == pytest.approx(expected(load_run(run), *point), abs=1e-6)
+        assert {name: found[name].attrs.get("units") for name in found.coords} == {
+            name: UNITS[name] for name in found.coords
+        }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "focus_mm,depth_mm,note,field_y,field_x\n2000,1500,hello,-0.5,0.1\n",
+        '"field_x","field_y","depth_mm","focus_mm"\r\n0.1,-0.5,"1500mm",2m\r\n',
+        "\ufefffield_x,field_y,depth_mm,focus_mm\n0.1,-0.5,1.5m,2000\n",
+    ],
+    ids=["columns in any order", "quotes and another system's lines", "a spreadsheet's mark"],
+)
+def test_columns_are_found_by_name(run: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "points.csv").write_text(text, encoding="utf-8", newline="")
+    ran = psftrain("sample", run, "--at", tmp_path / "points.csv", "--out", tmp_path / "a.npz")
+    assert ran.code == 0, ran.err
+    with np.load(tmp_path / "a.npz") as found:
+        assert found["psf_binned"][0] == pytest.approx(expected(load_run(run), *POINTS[0]), abs=1e-6)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "give either --grid N or --at CSV"),
+        (["--grid", 2, "--at", "points.csv", "--depth", "2m"], "give either --grid N or --at CSV"),
+        (["--at", "points.csv", "--depth", "2m"], "--at brings its own depth_mm"),
+        (["--at", "points.csv", "--focus", "2m"], "--at brings its own depth_mm"),
+        (["--at", "none.csv"], "--at none.csv cannot be read: No such file"),
+        (["--at", "."], "--at . cannot be read"),
+        (["--grid", 0, "--depth", "2m"], "--grid 0: at least 1"),
+        (["--grid", 2], "trained on a range of depth; say which with --depth"),
+        (["--grid", 2, "--depth", "far"], "--depth far: 'far' is no distance"),
+        (["--grid", 2, "--depth", "-1m"], "--depth -1m: .*not positive"),
+        (["--grid", 2, "--depth", "1m,1m"], "given twice"),
+        (["--grid", 2, "--depth", "999mm"], "depth 999 mm is outside the range trained on, 1000 mm to inf"),
+        (["--grid", 2, "--depth", "2m", "--focus", "3m"], "focus 3000 mm is outside the range trained on"),
+    ],
+)
+def test_wrong_points_are_refused(
+    run: Path, csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[object], message: str
+) -> None:
+    """One line, exit code 2, nothing written."""
+    monkeypatch.chdir(tmp_path)
+    ran = psftrain("sample", run, *given, "--out", "a.npz")
+    assert ran.code == 2
+    assert re.search(message, one_line_error(ran))
+    assert set(contents(tmp_path)) == {"points.csv"}
+
+
+HEADER = "field_x,field_y,depth_mm,focus_mm\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no points"),
+        (HEADER, "holds no points; write a header line field_x,field_y,depth_mm,focus_mm"),
+        ("x,y,depth_mm,focus_mm\n1,2,3,4\n", "has no column 'field_x'; needed: field_x, field_y, depth_mm, focus_mm"),
+        ("field_x,field_y,depth_mm\n0,0,1500\n", "has no column 'focus_mm'"),
+        (HEADER + "0,0,1500,2000\n0,left,1500,2000\n", "line 3: .*'left'"),
+        (HEADER + "0,0,near,2000\n", "line 2: 'near' is no distance"),
+        (HEADER + "0,0,0,2000\n", "line 2: distance 0 is not positive"),
+        (HEADER + "0,0,nan,2000\n", "line 2: .*not positive"),
+        (HEADER + "0,0\n", "line 2: "),
+        (HEADER + "0.9,0,1500,2000\n", "field 0.9 is outside the field trained on, up to 0.8"),
+        (HEADER + "0,-0.801,1500,2000\n", "field 0.801 is outside the field"),
+        (HEADER + "nan,0,1500,2000\n", "field nan is outside"),
+        (HEADER + "0,inf,1500,2000\n", "field inf is outside"),
+        (HEADER + "0,0,900,2000\n", "depth 900 mm is outside the range trained on, 1000 mm to inf"),
+        (HEADER + "0,0,1500,inf\n", "focus inf is outside the range trained on, 2000 mm to 2000 mm"),
+        ("field_x,field_y,depth_mm,focus_mm\n\xff,0,1,1\n", "not a text file"),
+    ],
+)
+def test_a_wrong_csv_is_refused(run: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "points.csv").write_bytes(text.encode("latin-1"))
+    ran = psftrain("sample", run, "--at", tmp_path / "points.csv", "--out", tmp_path / "a.npz")
+    assert ran.code == 2
+    assert re.search(message, one_line_error(ran))
+    assert set(contents(tmp_path)) == {"points.csv"}
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a", "a.h5", "a.zarr.zip"])
+def test_the_name_says_the_format(single: Path, tmp_path: Path, name: str) -> None:
+    ran = psftrain("sample", single, "--grid", 2, "--out", tmp_path / name)
+    assert ran.code == 2
+    assert "write a name that ends in .npz or .zarr" in one_line_error(ran)
+    assert not contents(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.zarr"])
+def test_nothing_is_overwritten(single: Path, tmp_path: Path, name: str) -> None:
+    assert psftrain("sample", single, "--grid", 2, "--out", tmp_path / name).code == 0
+    before = contents(tmp_path)
+    ran = psftrain("sample", single, "--grid", 3, "--out", tmp_path / name)
+    assert ran.code == 2
+    assert "exists; choose another name" in one_line_error(ran)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.zarr"])
+def test_a_place_that_cannot_be_written(single: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("x")
+    ran = psftrain("sample", single, "--grid", 2, "--out", tmp_path / "file" / name)
+    assert ran.code == 1
+    assert "cannot be written" in one_line_error(ran)
+
+
+def test_a_run_that_is_not_there(tmp_path: Path) -> None:
+    ran = psftrain("sample", tmp_path / "none", "--grid", 2, "--out", tmp_path / "a.npz")
+    assert ran.code == 2
+    assert "does not exist" in one_line_error(ran)
