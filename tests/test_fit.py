@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -160,21 +161,6 @@ def test_with_a_validation_set(store: Path, tmp_path: Path, how: str) -> None:
     assert best(tmp_path / "run")["step"] == min(scores, key=lambda step: scores[step])
 
 
-def test_the_best_is_the_best_on_the_validation_set(store: Path, tmp_path: Path) -> None:
-    """A rate so high that the last is not: the checkpoint's own weights have the least error of all validations."""
-    val = make_store(tmp_path / "v.zarr", grid=4, layout="random", field_max=0.9, depth=(3000.0,), seed=2)
-    fit(job(store, tmp_path / "run", val=str(val), steps=20, val_every=1, lr=0.1, warmup=0, schedule="constant"))
-    scores = {line["step"]: line["val_prior/rel_l2"] for line in logged(tmp_path / "run") if "val_prior/rel_l2" in line}
-    assert sorted(scores) == list(range(1, 21))
-    trained = load_run(tmp_path / "run")
-    assert trained.step == min(scores, key=lambda step: scores[step])
-    assert trained.step < 20
-    examples, _ = examples_of(val)
-    examples = type(examples)(**{**vars(examples), "condition": _conditions(trained, val)})
-    found = validate(Objective(trained.model, trained.config.loss), examples, torch.device("cpu"))
-    assert found["val_prior/rel_l2"] == pytest.approx(min(scores.values()), rel=1e-5)
-
-
 def _conditions(trained: Any, path: Path) -> torch.Tensor:
     """Conditions of a store's points as a run encodes them."""
     store = open_store(path)
@@ -323,6 +309,21 @@ def send(number: signal.Signals, at: int) -> Callable[[int], None]:
     return meddle
 
 
+WORSE = {"val_every": 1, "lr": 0.05, "warmup": 0, "schedule": "constant"}
+
+
+def wear(after: int) -> Callable[[int], None]:
+    """From a step on, take everything out of the decoder that it has learned."""
+
+    def meddle(step: int) -> None:
+        if step >= after:
+            with torch.no_grad():
+                for parameter in Meddling.model.decoder.parameters():
+                    parameter.zero_()
+
+    return meddle
+
+
 def a_minute_ago(run: Path) -> None:
     """TensorBoard reads files in the order of the second and then the process they are named by, so what a killed
     process wrote must be older than a second.
@@ -408,7 +409,7 @@ class TestStopping:
         assert lives == 2, "at 6 and at 11; the last life has six steps to go"
         same_run(tmp_path / "run", undisturbed)
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
     @pytest.mark.parametrize("at", [0, 8])
     def test_a_signal_saves_and_stops(
         self, store: Path, tmp_path: Path, undisturbed: Path, number: signal.Signals, at: int
@@ -432,23 +433,46 @@ class TestStopping:
         assert kept == logged(undisturbed)
         same_run(tmp_path / "run", undisturbed)
 
+    def test_the_best_on_the_validation_set_is_kept(self, store: Path, tmp_path: Path) -> None:
+        """From before the run got worse; its own weights have that error."""
+        val = make_store(tmp_path / "v.zarr", grid=4, layout="random", field_max=0.9, depth=(3000.0,), seed=2)
+        plan_meddling(wear(10))
+        fit(job(store, tmp_path / "run", **{**self.settings, **WORSE, "data__val": 0.0, "val": str(val)}))
+        lines = [line for line in logged(tmp_path / "run") if "val_prior/rel_l2" in line]
+        scores = {line["step"]: line["val_prior/rel_l2"] for line in lines}
+        assert sorted(scores) == list(range(1, 17))
+        trained = load_run(tmp_path / "run")
+        assert trained.step == min(scores, key=lambda step: scores[step]) <= 10
+        examples = replace(examples_of(val)[0], condition=_conditions(trained, val))
+        found = validate(Objective(trained.model, trained.config.loss), examples, torch.device("cpu"))
+        assert found["val_prior/rel_l2"] == pytest.approx(min(scores.values()), rel=1e-5)
+
     def test_the_best_so_far_is_remembered(self, store: Path, tmp_path: Path) -> None:
-        """A run that got worse before it stopped, and goes on getting worse."""
-        settings = {**self.settings, "val_every": 1, "lr": 0.15, "seed": 1, "warmup": 0}
-        settings |= {"schedule": "constant"}
+        """By a run that got worse before it stopped, and goes on getting worse."""
+        settings = {**self.settings, **WORSE}
+        plan_meddling(wear(10))
         fit(job(store, tmp_path / "undisturbed", **settings))
-        peak = best(tmp_path / "undisturbed")["step"]
-        assert peak < 15
-        plan_meddling(send(signal.SIGTERM, peak))
-        with pytest.raises(Preempted, match=f"after step {peak + 1}"):
+
+        def wear_and_stop(step: int) -> None:
+            wear(10)(step)
+            send(signal.SIGTERM, 12)(step)
+
+        plan_meddling(wear_and_stop)
+        with pytest.raises(Preempted, match="after step 13"):
             fit(job(store, tmp_path / "run", **settings))
-        plan_meddling(lambda step: None)
+        plan_meddling(wear(0))
         fit(job(store, tmp_path / "run", **settings))
+        assert best(tmp_path / "undisturbed")["step"] <= 10
         same_run(tmp_path / "run", tmp_path / "undisturbed")
 
     def test_a_second_signal_changes_nothing(self, store: Path, tmp_path: Path, undisturbed: Path) -> None:
         config = job(store, tmp_path / "run", **self.settings)
-        plan_meddling(lambda step: [send(signal.SIGTERM, 4)(step) for _ in range(3)] and None)
+
+        def thrice(step: int) -> None:
+            for _ in range(3):
+                send(signal.SIGTERM, 4)(step)
+
+        plan_meddling(thrice)
         with pytest.raises(Preempted, match="after step 5"):
             fit(config)
         plan_meddling(lambda step: None)
@@ -704,7 +728,7 @@ def test_training_beats_the_mean_kernel_by_far(tmp_path: Path) -> None:
         )
     )
     losses = [line["loss/total"] for line in logged(tmp_path / "run")]
-    assert losses[-1] < 0.3 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
 
     train, conditioning = examples_of(path)
     other = make_store(tmp_path / "v.zarr", grid=6, layout="cells")

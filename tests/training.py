@@ -287,16 +287,18 @@ DEFAULTS: dict[str, Any] = {}
 
 class Meddling(FieldCVAE):
     """field_cvae, but `meddle(n)` is called in the n-th training step of this process (0 is the first) and
-    may return a number to multiply the posterior's means with.
+    may return a number to multiply the posterior's means with; `model` is the one that is trained.
     """
 
     meddle: ClassVar[Callable[[int], float | None]] = lambda step: None
     seen: ClassVar[int] = 0
+    model: ClassVar[Meddling]
 
     def posterior(self, kernels: Tensor, condition: Tensor) -> Gaussian:
         found = super().posterior(kernels, condition)
         if not torch.is_grad_enabled():
             return found
+        Meddling.model = self
         factor = Meddling.meddle(Meddling.seen)
         Meddling.seen += 1
         return found if factor is None else Gaussian(factor * found.mean, found.logvar)
