@@ -71,7 +71,7 @@ class FitConfig(Config):
     log_every: int = Field(50, ge=1)
     val_every: int = Field(500, ge=1)
     save_every: int = Field(1000, ge=1)
-    keep: int = Field(3, ge=1, description="checkpoints kept beside best and last")
+    keep: int = Field(3, ge=1, description="last checkpoints kept, beside the best")
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     data: DataConfig = DataConfig()

@@ -103,9 +103,12 @@ class Examples:
 
 
 def fingerprint(store: Store, array: str) -> dict[str, Any]:
-    """What kernels must have in common to be compared: lens, sampling, wavelengths, array."""
+    """What kernels must have in common to be compared: lens as used, sampling, wavelengths, array."""
     return {
         "lens_sha256": store.attrs["lens"]["sha256"],
+        "fnum": store.attrs["config"].get("fnum"),
+        "sensor_mm": [float(side) for side in store.attrs["sensor_mm"]],
+        "reference_um": float(store.attrs["reference_um"]),
         "pitch_um": float(store.attrs["pitch_um"]),
         "kernel_px": len(store.coords["kx"]),
         "bins": len(store.coords["bx"]),

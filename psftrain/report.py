@@ -41,7 +41,9 @@ def headline(report: dict[str, Any], advice: str) -> str:
         )
     best, ours = report["best_classical"], report["rows"]["prior_mean"]["rel_l2"]["mean"]
     if best is None:
-        return f"The model's prior mean errs {ours:.1%} on {report['n']} held-out points (no baselines)"
+        several = isinstance(report["train_store"], list)
+        reason = "no baselines: they take one training store" if several else "no baselines"
+        return f"The model's prior mean errs {ours:.1%} on {report['n']} held-out points ({reason})"
     theirs = report["rows"][best]["rel_l2"]["mean"]
     verdict = "beats" if report["beats_best_classical"] else "does NOT beat"
     ratio = f", a ratio of {ours / theirs:.2f}" if theirs > 0 else ""

@@ -86,7 +86,9 @@ def write(
     bins = kernels.shape[-1]
     b = centres_um(bins, trained.fingerprint["pitch_um"] * trained.fingerprint["kernel_px"] / bins)
     wavelength = np.array(trained.fingerprint["wavelength"])
-    coords: dict[str, Any] = {"wavelength": wavelength, "by": b[::-1], "bx": b}
+    array = trained.config.data.array
+    down, across = ("by", "bx") if array == "psf_binned" else ("ky", "kx")
+    coords: dict[str, Any] = {"wavelength": wavelength, down: b[::-1], across: b}
     if shape is None:
         dims: tuple[str, ...] = ("point",)
         columns = {name: ("point", points[:, i]) for i, name in enumerate(COLUMNS)}
@@ -99,15 +101,16 @@ def write(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".npz":
-            arrays: dict[str, Any] = {**coords, **{name: values for name, (_, values) in columns.items()}}
-            np.savez(path, psf_binned=kernels, **arrays)
+            arrays: dict[str, Any] = {array: kernels, **coords}
+            arrays |= {name: values for name, (_, values) in columns.items()}
+            np.savez(path, **arrays)
             return
         import xarray as xr
 
-        data = xr.Dataset({"psf_binned": ((*dims, "wavelength", "by", "bx"), kernels)}, {**coords, **columns})
+        data = xr.Dataset({array: ((*dims, "wavelength", down, across), kernels)}, {**coords, **columns})
         for name in data.coords:
             data[name].attrs = dict(COORD_ATTRS[str(name).removesuffix("_mm")])
-        data["psf_binned"].attrs = {"units": "1", "run": str(trained.path), "path": "prior mean"}
+        data[array].attrs = {"units": "1", "run": str(trained.path), "path": "prior mean"}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Consolidated metadata")  # young in zarr format 3
             data.to_zarr(path, mode="w-", zarr_format=3)

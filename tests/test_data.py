@@ -272,6 +272,9 @@ DIFFERENT: list[tuple[str, dict[str, Any]]] = [
     ("bins", {"bins": 10}),
     ("wavelength", {"wavelength": (0.48, 0.55, 0.65)}),
     ("wavelength", {"wavelength": (0.48, 0.55)}),
+    ("fnum", {"settings": {"fnum": 4.0}}),
+    ("sensor_mm", {"sensor_mm": (6.0, 4.0)}),
+    ("reference_um", {"settings": {"reference_um": 0.55}}),
 ]
 
 

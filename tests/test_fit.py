@@ -103,6 +103,9 @@ def test_a_checkpoint_is_plain_data_and_tensors(run: Path, store: Path) -> None:
     attrs = open_store(store).attrs
     assert state["fingerprint"] == {
         "lens_sha256": attrs["lens"]["sha256"],
+        "fnum": None,
+        "sensor_mm": [6.0, 6.0],
+        "reference_um": 0.5876,
         "pitch_um": 4.0,
         "kernel_px": 10,
         "bins": 5,
