@@ -13,6 +13,7 @@ test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	find psfgen -name '*.nb?' -delete  # numba does not notice that a module which it compiled from has changed
 	$(BIN)/python -m pytest -q
 
 # The long statistics: minutes, before a release.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from psfgen import __version__
-from psfgen.errors import progress, report
+from psfgen.errors import ConfigError, progress, report
 
 if TYPE_CHECKING:
     from psfgen.store import Store
 
 Command = Callable[..., Any]
+FILES = {"perturb": list, "tolerances": dict}  # options that name a YAML file, and what it holds
 
 
 def main() -> None:
@@ -64,15 +66,20 @@ def config_options(command: Command) -> Command:
             ("--focus", {"metavar": "D", "help": "Focus distances, written likewise."}),
             ("--wavelength", {"metavar": "L", "help": "Wavelengths in um. [0.45,0.55,0.65]"}),
             ("--reference-um", {"type": float, "help": "Wavelength of EFL, focus and chief ray. [0.5876]"}),
-            ("--spp", {"type": int, "help": "Rays per kernel. [4096]"}),
+            ("--tolerance", {"type": float, "help": "Relative L2 error that a kernel's noise may reach. [0.03]"}),
+            ("--spp", {"type": int, "help": "Rays per kernel, the same for all, instead of a tolerance."}),
             ("--kernel-px", {"type": int, "help": "Samples a side of a kernel. [64]"}),
             ("--bins", {"type": int, "help": "Bins a side of the binned kernel. [15]"}),
             ("--pitch-um", {"type": float, "help": "Sample spacing at the sensor."}),
             ("--engine", {"metavar": "NAME", "help": "geometric, or deeplens (its own psf(), for comparison)."}),
-            ("--tracer", {"metavar": "NAME", "help": "What traces the rays of engine geometric. [deeplens]"}),
+            ("--tracer", {"metavar": "NAME", "help": "auto, numba (CPU), torch (GPU) or deeplens."}),
+            ("--perturb", {"metavar": "FILE", "help": "YAML list of how the lens as built departs from its design."}),
+            ("--copies", {"type": int, "help": "Render so many random specimens of the lens."}),
+            ("--tolerances", {"metavar": "FILE", "help": "YAML of the standard deviations that the copies have."}),
             ("--seed", {"type": int, "help": "Turns the pupil points; draws layout random. [0]"}),
             ("--device", {"metavar": "D", "help": "auto, cpu, cuda or cuda:i."}),
-            ("--workers", {"type": int, "help": "Processes. [one a core]"}),
+            ("--workers", {"type": int, "help": "Processes. [one with a thread a core, or what the tracer needs]"}),
+            ("--memory-mib", {"type": int, "help": "Most memory above the imports. [512]"}),
             ("--out", {"metavar": "STORE", "help": "The store. [psfs.zarr]"}),
             ("--format", {"metavar": "NAME", "help": "Format of the store. [zarr]"}),
             ("--executor", {"metavar": "NAME", "help": "Where the blocks run. [local]"}),
@@ -104,19 +111,28 @@ def render(
 
     CONFIG is a YAML file of the same keys; options win over --set, --set over CONFIG.
     """
+    began = time.monotonic()
     from psfgen.config import RenderConfig, load_config
 
-    given = [(key, value) for key, value in flags.items() if value is not None]
-    job = load_config(RenderConfig, config, [*sets, *given])
+    given = {key: value for key, value in flags.items() if value is not None}
+    given |= {key: _held(key, given[key], kind) for key, kind in FILES.items() if key in given}
+    for one, other in (("spp", "tolerance"), ("tolerance", "spp")):  # a flag takes the other's place in CONFIG
+        if one in given:
+            given.setdefault(other, None)
+    job = load_config(RenderConfig, config, [*sets, *given.items()])
 
     from psfgen import render as rendering
+    from psfgen.shortfalls import shortfalls
     from psfgen.store.schema import plain
 
     if dry_run:
         return _dry_run(job, shard, as_json)
     bars: list[Any] = []
 
+    started: list[float] = []
+
     def start(plan: Any, kernels: int) -> None:
+        started.append(time.monotonic())
         if kernels:
             bars.append(progress(kernels, f"render {plan.lens_name}", "psf"))
 
@@ -128,9 +144,11 @@ def render(
         for bar in bars:
             bar.close()
     missing = len(store.missing())
-    warnings = list(rendering.shortfalls(store)) if not missing else []
+    warnings = list(shortfalls(store)) if not missing else []
     for warning in warnings:
         click.echo(f"warning: {warning}", err=True)
+    if verbose and bars:
+        click.echo(_timing(store, began, started[0]), err=True)
     did = f"{bars[0].n} kernels traced" if bars else "nothing to do"
     left = f"; {missing} of {len(store.blocks)} blocks still missing" if missing else ""
     _answer(
@@ -148,21 +166,44 @@ def render(
     return 0
 
 
+def _held(flag: str, path: str, kind: type) -> Any:
+    """What the YAML file of a flag holds, which must be a list or a mapping."""
+    from psfgen.config import read_yaml
+
+    held = read_yaml(path)
+    if not isinstance(held, kind):
+        raise ConfigError(f"--{flag} {path} holds no {'list' if kind is list else 'KEY: VALUE lines'}")
+    return held
+
+
+def _timing(store: Any, began: float, started: float) -> str:
+    """Where the time of a render went, in words."""
+    entries = [store.ledger.read(block) for block in store.ledger.done()]
+    parts = {part: sum(entry.get(f"seconds_{part}", 0.0) for entry in entries) for part in ("tracing", "writing")}
+    rays = sum(entry["rays"] for entry in entries)
+    return (
+        f"time: start-up {started - began:.1f} s (imports, lens, tracer), then {time.monotonic() - started:.1f} s; "
+        f"in the blocks of this store {parts['tracing']:.1f} s tracing {rays / 1e6:.0f} million rays, "
+        f"{parts['writing']:.1f} s writing"
+    )
+
+
 def _dry_run(job: Any, shard: str | None, as_json: bool) -> int:
+    from psfgen.block import cut_block
     from psfgen.engines import engine_class
     from psfgen.executors import executor
     from psfgen.plan import share
     from psfgen.render import load, resolve_device
     from psfgen.show import span
-    from psfgen.store import schema
+    from psfgen.specimens import Specimens
     from psfgen.store.open import store_class
 
     engine_class(job.engine), executor(job.executor), store_class(job.format)
     lens, plan = load(job, resolve_device(job.device))
     blocks = len(share(plan.blocks, shard))
-    band = schema.StoreSpec(plan.coords, {}).band_rows
-    row_bytes = plan.kernels_per_block // len(plan.coords["field_y"]) * 4 * plan.config.kernel_px**2
-    memory = band * row_bytes + 600 * 2**20  # a band of all focus distances, the libraries and a batch of rays
+    cut_block(Specimens(lens, plan).engine(0), plan, cores=1)
+    memory = plan.config.memory_mib * 2**20
+    effort = f"{plan.config.spp} rays a kernel" if plan.config.spp else f"noise at most {plan.config.tolerance:g}"
     document = {
         "config": plan.config.model_dump(),
         "plan_sha256": plan.sha256,
@@ -178,10 +219,10 @@ def _dry_run(job: Any, shard: str | None, as_json: bool) -> int:
         f"wavelength {span(plan.coords['wavelength'])} um\n"
         f"field x {span(plan.coords['field_x'])}, y {span(plan.coords['field_y'])} half sensor sides\n"
         f"{plan.config.kernel_px} x {plan.config.kernel_px} samples of {plan.config.pitch_um:g} um, "
-        f"{plan.config.spp} rays a kernel\n"
+        f"{effort}, tracer {plan.config.tracer}\n"
         f"{document['kernels']} kernels in {blocks} {'block' if blocks == 1 else 'blocks'}; "
         f"the store holds {plan.nbytes / 2**20:.0f} MiB before compression, "
-        f"a worker takes about {memory / 2**20:.0f} MiB of memory\n"
+        f"rendering takes at most {plan.config.memory_mib} MiB of memory above the imports\n"
         f"would be rendered into {plan.config.out}"
     )
     _answer("render", document, text, as_json)
@@ -255,14 +296,17 @@ def info(store: str, verbose: bool, as_json: bool) -> int:
 @click.option("--out", metavar="PNG", help="The picture; several pages get a suffix each. [STORE.png]")
 @click.option("--depth", metavar="D", help="Depths to draw. [the one most in focus]")
 @click.option("--focus", metavar="D", help="Focus distances to draw. [all]")
+@click.option("--copy", metavar="N", type=int, help="Which copy to draw. [0]")
 @common
-def show(store: str, out: str | None, depth: str | None, focus: str | None, verbose: bool, as_json: bool) -> int:
+def show(
+    store: str, out: str | None, depth: str | None, focus: str | None, copy: int | None, verbose: bool, as_json: bool
+) -> int:
     """Draw contact sheets: the kernels over the field, in colour, a page a depth and focus."""
     from psfgen.show import contact_sheets
     from psfgen.store import open_store
 
     opened: Store = open_store(store)
-    pages = contact_sheets(opened, Path(out or f"{opened.path.stem}.png"), depth=depth, focus=focus)
+    pages = contact_sheets(opened, Path(out or f"{opened.path.stem}.png"), depth=depth, focus=focus, copy=copy)
     _answer("show", {"paths": {"pictures": [str(page) for page in pages]}}, "\n".join(map(str, pages)), as_json)
     return 0
 

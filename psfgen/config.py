@@ -120,6 +120,55 @@ Wavelength = Annotated[float, BeforeValidator(_one_wavelength)]
 Size = Annotated[tuple[float, float], BeforeValidator(_size)]
 
 
+TOLERANCE = 0.03
+MOST_RAYS = 2**20  # per kernel
+
+
+def _pair(value: object) -> tuple[float, float]:
+    values = _numbers(value)
+    if len(values) != 2 or not all(map(math.isfinite, values)):
+        raise ValueError(f"'{value}' is no pair; write X,Y")
+    return values[0], values[1]
+
+
+Pair = Annotated[tuple[float, float], BeforeValidator(_pair)]
+
+
+class Move(Config):
+    """What is wrong with one part of a lens as built: an element, or surfaces i to j; all counted from 0.
+
+    The part is moved as a whole: tilted about its first vertex (a turn about the axis (x, y, 0) by the length of
+    `tilt_deg`), then decentred.
+    """
+
+    element: int | None = Field(None, ge=0, description="surfaces joined by glass")
+    surfaces: tuple[int, int] | None = Field(None, description="first and last surface")
+    decentre_mm: Pair = Field((0.0, 0.0), description="x, y")
+    tilt_deg: Pair = Field((0.0, 0.0), description="about x, about y")
+    about: Literal["first vertex"] = Field("first vertex", description="what a tilt turns about")
+    thickness_mm: float = Field(0.0, description="added behind the first surface")
+    curvature_rel: float = Field(0.0, gt=-1, description="relative change of every curvature")
+    index: float = Field(0.0, description="added to the refractive index of every glass")
+
+    @model_validator(mode="after")
+    def _one_part(self) -> Move:
+        if (self.element is None) == (self.surfaces is None):
+            raise ValueError("name one part: element: K, or surfaces: [I, J]")
+        if self.surfaces is not None and not 0 <= self.surfaces[0] <= self.surfaces[1]:
+            raise ValueError(f"surfaces {list(self.surfaces)} is no range; write [first, last], counted from 0")
+        return self
+
+
+class Tolerances(Config):
+    """Standard deviations, per axis, of what is wrong with every element of a lens as built."""
+
+    decentre_mm: float = Field(0.0, ge=0)
+    tilt_deg: float = Field(0.0, ge=0)
+    thickness_mm: float = Field(0.0, ge=0)
+    curvature_rel: float = Field(0.0, ge=0, lt=0.2)
+    index: float = Field(0.0, ge=0)
+
+
 class RenderConfig(Config):
     """One render job. Lengths carry their unit in the key; None is filled in from the lens."""
 
@@ -133,21 +182,39 @@ class RenderConfig(Config):
     focus: Distances = Field(parse_distances_mm("0.4m:20m:4"), description="focus distances, mm")
     wavelength: Wavelengths = Field((0.45, 0.55, 0.65), description="um")
     reference_um: Wavelength = Field(0.5876, description="EFL, focus and chief ray are computed at it")
-    spp: int = Field(4096, ge=16, le=2**20, description="rays per kernel")
+    tolerance: float | None = Field(
+        None, gt=0, lt=1, description=f"relative L2 error that `noise` may reach; {TOLERANCE} unless spp is given"
+    )
+    spp: int | None = Field(None, ge=16, le=MOST_RAYS, description="rays per kernel, the same for all")
+    spp_max: int = Field(MOST_RAYS, ge=16, le=MOST_RAYS, description="most rays that a tolerance may ask for")
+    sampling: Literal["spiral", "sobol"] = Field("spiral", description="pupil points")
     kernel_px: int = Field(64, ge=2, le=1024, description="samples a side of a kernel")
     bins: int = Field(15, ge=1, description="bins a side of the binned kernel")
     pitch_um: float | None = Field(None, gt=0, description="sample spacing at the sensor")
     engine: str = Field("geometric", description="what computes the kernels")
-    tracer: Literal["deeplens"] = Field("deeplens", description="what traces the rays of engine geometric")
+    tracer: Literal["auto", "numba", "torch", "deeplens"] = Field("auto", description="what traces the rays")
+    perturb: tuple[Move, ...] = Field((), description="how the lens as built departs from its design")
+    copies: int | None = Field(None, ge=1, le=1000, description="specimens of the lens, drawn from `tolerances`")
+    tolerances: Tolerances = Field(Tolerances(), description="how much the copies differ")
+    precision: Literal["single", "double"] = Field("single", description="of the kernels' rays; positions are double")
     seed: int = Field(0, ge=0, description="rotates the pupil points; draws layout random")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:i")
-    workers: int | None = Field(None, ge=1, description="processes; default: one a core, at most one a block")
+    workers: int | None = Field(None, ge=1, description="processes; default: one, or what the tracer needs")
+    memory_mib: int = Field(512, ge=64, description="most memory a render may take above its imports")
     out: str = Field("psfs.zarr", min_length=1, description="the store")
     format: str = Field("zarr", description="format of the store")
     executor: str = Field("local", description="where the blocks run")
 
     @model_validator(mode="after")
-    def _bins_fit(self) -> RenderConfig:
+    def _fits(self) -> RenderConfig:
+        if (self.copies is None) != (self.tolerances == Tolerances()):
+            lacking = "tolerances, which say how they differ" if self.copies else "copies, which they are to differ"
+            raise ValueError(f"{'copies' if self.copies else 'tolerances'} need {lacking}")
+        if self.spp is not None and self.tolerance is not None:
+            raise ValueError(f"spp {self.spp} and tolerance {self.tolerance:g} exclude each other; give one")
+        for key, rays in (("spp", self.spp), ("spp_max", self.spp_max)):
+            if self.sampling == "sobol" and rays is not None and rays & (rays - 1):
+                raise ValueError(f"{key} {rays} is no power of two, which sampling sobol needs")
         if self.bins > self.kernel_px:
             raise ValueError(f"bins {self.bins} is more than kernel_px {self.kernel_px}; give --bins or --kernel-px")
         if self.layout == "cells" and self.grid < 2:
@@ -167,7 +234,7 @@ def load_config[C: Config](
     An override is a `--set` text "a.b=c" (the value is YAML) or a (key, value) pair from a flag.
     Raises ConfigError naming the key's full path, the value, the nearest known key or what is allowed.
     """
-    data = _laid_over(model, _laid_over(model, model().model_dump(), base or {}), _read_yaml(path) if path else {})
+    data = _laid_over(model, _laid_over(model, model().model_dump(), base or {}), _read_config(path) if path else {})
     for override in overrides:
         if isinstance(override, tuple):
             key, value = override
@@ -213,9 +280,10 @@ def _section(model: type[Config] | None, key: str) -> type[Config] | None:
     return next((option for option in options if isinstance(option, type) and issubclass(option, Config)), None)
 
 
-def _read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds. Raises ConfigError where it cannot be read."""
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise ConfigError(f"config {path} cannot be read: {reason}") from None
@@ -223,6 +291,10 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise ConfigError(f"config {path} is no YAML{where}") from None
+
+
+def _read_config(path: str | Path) -> dict[str, Any]:
+    loaded = read_yaml(path)
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -249,5 +321,5 @@ def _keys_beside(model: type[Config], loc: tuple[int | str, ...]) -> list[str]:
     """The keys that may stand where the path `loc` ends."""
     here: type[Config] | None = model
     for part in loc[:-1]:
-        here = _section(here, str(part))
+        here = here if isinstance(part, int) else _section(here, str(part))  # an int is a place in a list
     return list(here.model_fields) if here is not None else []

@@ -83,7 +83,8 @@ def _render_check() -> Finding:
         path.write_text(json.dumps(prescription), encoding="utf-8")
         job = RenderConfig(lens=str(path), depth=(depth_mm,), focus=(focus_mm,), pitch_um=pitch_um, spp=4096)
         lens, plan = load(job, "cpu")
-    found = GeometricEngine(lens, plan).deposit(torch.zeros(1, 2, dtype=torch.float64), depth_mm)
+    engine = GeometricEngine(lens, plan)
+    found = engine.deposit(engine.aim(torch.zeros(1, 2, dtype=torch.float64), depth_mm))
     kernel = normalise(found.halves, job.bins).psf[0, 0, 0]
     x_um, y_um = np.meshgrid(plan.coords["kx"], plan.coords["ky"])
     splat_um2 = 2 * pitch_um**2 / 6  # what the bilinear splat itself adds to the second moment

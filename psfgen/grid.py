@@ -27,12 +27,11 @@ def field_axes(count: int, layout: str, field_max: float, seed: int) -> tuple[Ar
     return axis, axis.copy()
 
 
-def pupil_shift(seed: int, layout: str) -> tuple[float, float]:
-    """Two numbers in [0, 1) that place the pupil spiral.
+def pupil_seed(seed: int, layout: str) -> tuple[int, float]:
+    """What places the pupil points: a seed (Sobol sets), and an angle in radians (spirals).
 
     They differ between layouts, so that a held-out store does not share its sampling error with the
     training grid.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, 1000 + LAYOUTS.index(layout)]))
-    turn, radius = rng.uniform(size=2)
-    return float(turn), float(radius)
+    return int(rng.integers(2**31)), float(rng.uniform(0, 2 * np.pi))

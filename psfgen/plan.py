@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psfgen.config import RenderConfig
+from psfgen.config import TOLERANCE, RenderConfig
 from psfgen.errors import ConfigError, PlanMismatch
 from psfgen.grid import field_axes
 from psfgen.store import schema
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from psfgen.optics.lens import Lens
 
 # How and where a job runs; none of it changes a number.
-INVOCATION = ("out", "format", "executor", "workers", "device")
+INVOCATION = ("out", "format", "executor", "workers", "memory_mib", "device")
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,18 @@ class Plan:
 
     @classmethod
     def of(cls, config: RenderConfig, lens: Lens) -> Plan:
-        """Fill in what the config leaves to the lens. Raises LensError where its glass does not reach."""
+        """Fill in what the config leaves to the lens.
+
+        Raises LensError where its glass does not reach, ConfigError where the tracer cannot trace it.
+        """
+        from psfgen.optics.trace import choose_tracer
+
         lens.check_wavelengths((*config.wavelength, config.reference_um))
         filled = {
             "field_max": lens.field_max if config.field_max is None else config.field_max,
             "pitch_um": lens.pitch_um if config.pitch_um is None else config.pitch_um,
+            "tolerance": TOLERANCE if config.tolerance is None and config.spp is None else config.tolerance,
+            "tracer": choose_tracer(config.tracer, lens),
         }
         return cls(config.model_copy(update=filled), lens.name, lens.text, lens.sha256)
 
@@ -57,6 +64,7 @@ class Plan:
             kernel_px=c.kernel_px,
             bins=c.bins,
             pitch_um=c.pitch_um,
+            copies=c.copies,
         )
 
     @cached_property
@@ -71,8 +79,13 @@ class Plan:
 
     @property
     def blocks(self) -> range:
-        """Indices of the blocks: one a depth."""
-        return range(len(self.config.depth))
+        """Indices of the blocks: one for each depth of each copy."""
+        return range(len(self.spec.blocks))
+
+    @property
+    def spec(self) -> schema.StoreSpec:
+        """What the store is made of, but for its attributes."""
+        return schema.StoreSpec(self.coords, {})
 
     @property
     def kernels_per_block(self) -> int:
@@ -85,8 +98,7 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Size of the arrays before compression."""
-        spec = schema.StoreSpec(self.coords, {})
-        return sum(math.prod(spec.shape(name)) * 4 for name in schema.ARRAY_DIMS)
+        return sum(math.prod(self.spec.shape(name)) * 4 for name in schema.ARRAY_DIMS)
 
     def require_same(self, stored: dict[str, Any], path: object) -> None:
         """Raise PlanMismatch, naming the first key that differs, unless the store at `path` has this plan."""

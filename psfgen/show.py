@@ -37,7 +37,7 @@ def describe(store: Store) -> tuple[dict[str, Any], str]:
         "versions": attrs["versions"],
         "sensor_z_mm": attrs["sensor_z_mm"],
     }
-    size = " x ".join(f"{len(coords[dim])} {dim}" for dim in schema.KERNELS)
+    size = " x ".join(f"{len(coords[dim])} {dim}" for dim in store.spec.kernel_dims)
     waves = ", ".join(f"{w:g}" for w in coords["wavelength"])
     lines = [
         f"{store.path}: {'complete' if not missing else f'{missing} of {len(store.blocks)} blocks missing'}",
@@ -47,7 +47,7 @@ def describe(store: Store) -> tuple[dict[str, Any], str]:
         f"binned to {len(coords['bx'])} x {len(coords['by'])}; wavelengths {waves} um",
         f"depth      {span(coords['depth'])} mm",
         f"focus      {span(coords['focus'])} mm, sensor at "
-        + ", ".join(f"{z:.4f}" for z in attrs["sensor_z_mm"].values())
+        + ", ".join(f"{np.mean(z):.4f}" for z in attrs["sensor_z_mm"].values())
         + " mm",
         f"field      x {span(coords['field_x'])}, y {span(coords['field_y'])} half sensor sides of "
         + " x ".join(f"{side:g}" for side in attrs["sensor_mm"])
@@ -76,12 +76,17 @@ def _metres(distance_mm: float) -> str:
     return "inf" if np.isinf(distance_mm) else f"{distance_mm / 1000:.4g} m"
 
 
-def contact_sheets(store: Store, out: Path, *, depth: str | None = None, focus: str | None = None) -> list[Path]:
-    """Draw a page for each chosen depth and focus; returns the paths written.
+def contact_sheets(
+    store: Store, out: Path, *, depth: str | None = None, focus: str | None = None, copy: int | None = None
+) -> list[Path]:
+    """Draw a page for each chosen depth and focus of one copy (the first); returns the paths written.
 
     Without `depth`, each focus distance is shown at the depth most in focus. Raises ConfigError for a
-    distance the store does not hold.
+    distance or a copy the store does not hold.
     """
+    copies = len(store.coords.get("copy", [0]))
+    if copy is not None and not 0 <= copy < copies:
+        raise ConfigError(f"--copy {copy}: {store.path} holds copies 0 to {copies - 1}")
     focuses = _pick(store, "focus", focus) if focus else list(range(len(store.coords["focus"])))
     depths = _pick(store, "depth", depth) if depth else None
     pairs = [(f, d) for f in focuses for d in (depths if depths is not None else [_sharpest(store, f)])]
@@ -92,7 +97,7 @@ def contact_sheets(store: Store, out: Path, *, depth: str | None = None, focus: 
             distances = f"depth-{_metres(store.coords['depth'][d])}-focus-{_metres(store.coords['focus'][f])}"
             distances = distances.replace(" ", "")
             page = out.with_name(f"{out.stem}-{distances}{out.suffix or '.png'}")
-        _save(_draw(store, f, d), page)
+        _save(_draw(store, f, d, copy or 0), page)
         pages.append(page)
     return pages
 
@@ -125,11 +130,11 @@ def _save(figure: Figure, path: Path) -> None:
         raise StoreError(f"picture {path} cannot be written: {error}") from None
 
 
-def _draw(store: Store, focus: int, depth: int) -> Figure:
+def _draw(store: Store, focus: int, depth: int, copy: int) -> Figure:
     coords = store.coords
     rows = _spread(len(coords["field_y"]))[::-1]  # scene +y on top
     columns = _spread(len(coords["field_x"]))
-    here = {"focus": focus, "depth": depth}
+    here = {"copy": copy, "focus": focus, "depth": depth}
     psf = store.read("psf", **here)[np.ix_(rows, columns)]
     captured = store.read("captured", **here)[np.ix_(rows, columns)].min(axis=-1)
     kernel_px = psf.shape[-1]
@@ -159,7 +164,8 @@ def _draw(store: Store, focus: int, depth: int) -> Figure:
     _scale_bar(axes, store, side, zoom)
     waves = ", ".join(f"{w:g}" for w in coords["wavelength"])
     axes.set_title(
-        f"{store.attrs['lens']['name']}   depth {_metres(coords['depth'][depth])}   "
+        f"{store.attrs['lens']['name']}   {f'copy {copy}   ' if 'copy' in coords else ''}"
+        f"depth {_metres(coords['depth'][depth])}   "
         f"focus {_metres(coords['focus'][focus])}   {waves} um\n"
         "tiles scaled to their own peak, gamma 2.2; % = energy in the window, worst channel",
         fontsize=9,

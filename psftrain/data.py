@@ -128,6 +128,12 @@ def require_same(expected: dict[str, Any], found: dict[str, Any], what: str) -> 
 def open_stores(paths: Sequence[str], array: str) -> list[Store]:
     """Open the stores of a run and see that they belong together."""
     stores = [open_store(path) for path in paths]
+    for path, store in zip(paths, stores, strict=True):
+        if "copy" in store.coords:
+            copies = len(store.coords["copy"])
+            raise FitError(
+                f"{path} holds {copies} copies of a lens; psftrain models one specimen: render without --copies"
+            )
     expected = fingerprint(stores[0], array)
     for path, store in zip(paths[1:], stores[1:], strict=True):
         require_same(expected, fingerprint(store, array), f"store {path} beside {paths[0]}")

@@ -10,46 +10,51 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from psfgen.engines import Deposits
+from psfgen.engines import Aim, Deposits
 from psfgen.engines.geometric import GeometricEngine
 from psfgen.errors import ConfigError
 from psfgen.optics.lens import Lens
 from psfgen.plan import Plan
 
 
-class DeepLensEngine:
+class DeepLensEngine(GeometricEngine):
     """Two calls of `psf()` a kernel, with half the rays each."""
 
     concurrent = False  # it moves the sensor and draws from torch's global generator
+    threads_suffice = False
 
     def __init__(self, lens: Lens, plan: Plan) -> None:
         if math.inf in plan.config.depth:
             raise ConfigError("depth inf: engine deeplens images finite distances only; use engine geometric")
-        self.geometric = GeometricEngine(lens, plan)
-        self.batch = self.geometric.batch
-        self.sensor_z_mm = self.geometric.sensor_z_mm
-        self.lens, self.config, self.geo = lens, plan.config, lens.geo
-        self.geo.pixel_size = self.geometric.pitch_um / 1000
+        if plan.config.spp is None:
+            raise ConfigError("engine deeplens has no tolerance: give the rays per kernel with --spp")
+        super().__init__(lens, plan)
+        self.symmetric = False  # every kernel has random rays of its own
+        self.margins = (1.0, 1.0)
+        self.spp, self.geo = plan.config.spp, lens.geo
+        self.geo.pixel_size = self.pitch_mm
 
-    def deposit(self, field_xy: torch.Tensor, depth_mm: float) -> Deposits:
-        """Deposits of the field points [P, 2] at one depth."""
-        known = self.geometric.deposit(field_xy, depth_mm)
+    def deposit(self, aim: Aim) -> Deposits:
+        """Deposits of field points."""
+        known = super().deposit(aim)
         halves = np.empty_like(known.halves)
-        for p, (x, y) in enumerate(field_xy.tolist()):
-            for f, z_mm in enumerate(self.sensor_z_mm):
+        for p, (x, y) in enumerate(aim.field_xy.tolist()):
+            for f, z_mm in enumerate(aim.sensor_z_mm.tolist()):
                 self.geo.d_sensor = z_mm
                 for w, wavelength_um in enumerate(self.config.wavelength):
                     for half in range(2):
-                        seed = [self.config.seed, *np.array([x, y, depth_mm]).view(np.uint64).tolist(), f, w, half]
-                        halves[p, f, w, half] = self._psf([x, y, -depth_mm], wavelength_um, seed)
+                        place = np.array([x, y, aim.depth_mm, z_mm]).view(np.uint64).tolist()
+                        seed = [self.config.seed, *place, w, half]
+                        halves[p, f, w, half] = self._psf([x, y, -aim.depth_mm], wavelength_um, seed)
         # Each half sums to 1; in shares of the valid rays they weigh what the window captures.
-        halves *= known.captured[..., None, None, None]
+        halves *= known.captured[..., None, None, None].astype(np.float32)
         captured = np.where(halves.sum(axis=(-3, -2, -1)) > 0, known.captured, 0.0)
-        return Deposits(halves, known.throughput, captured, known.chief_mm, known.rays * (1 + len(self.sensor_z_mm)))
+        return replace(known, halves=halves, captured=captured, rays=known.rays * (1 + len(aim.sensor_z_mm)))
 
     def _psf(self, point: list[float], wavelength_um: float, seed: list[int]) -> np.ndarray:
         with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
@@ -58,7 +63,7 @@ class DeepLensEngine:
                 points=torch.tensor(point, dtype=torch.float64),
                 ks=self.config.kernel_px,
                 wvln=wavelength_um,
-                spp=self.config.spp // 2,
+                spp=self.spp // 2,
                 model="geometric",
                 recenter=True,
             )

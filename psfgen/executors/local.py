@@ -11,35 +11,37 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from psfgen.engines import Engine, engine_class
 from psfgen.errors import ConfigError, RenderError
 from psfgen.plan import Plan
+from psfgen.specimens import Specimens
 from psfgen.store import Store, open_store
 
 _worker: dict[str, Any] = {}
 
 
 def run(
-    plan: Plan,
+    specimens: Specimens,
     store: Store,
-    engine: Engine,
     blocks: Sequence[int],
     *,
     workers: int | None,
     device: str,
     on_kernels: Callable[[int], None],
 ) -> None:
-    """Render `blocks` of `plan` into `store`. A GPU is fed by one process, cores by one each.
+    """Render `blocks` into `store`: in this process where its threads suffice, else in a process a core.
 
     Raises RenderError where a worker dies; what it had not committed is rendered again next time.
     """
-    from psfgen.render import render_block
+    from psfgen.block import render_block
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(workers or (1 if device.startswith("cuda") else cores), len(blocks))
-    if count <= 1:
+    if not blocks:
+        return
+    alone = device.startswith("cuda") or specimens.engine(0).threads_suffice
+    count = min(workers or (1 if alone else cores), len(blocks))
+    if count == 1:
         for index in blocks:
-            render_block(engine, plan, store, index, threads=cores, on_kernels=on_kernels)
+            render_block(specimens, store, index, cores=cores, on_kernels=on_kernels)
         return
     context = mp.get_context("spawn")
     done = context.Queue()
@@ -47,7 +49,7 @@ def run(
     listener.start()
     try:
         with ProcessPoolExecutor(
-            count, context, _start_worker, (plan, store.path, device, max(1, cores // count), done)
+            count, context, _start_worker, (specimens.plan, store.path, device, max(1, cores // count), count, done)
         ) as pool:
             futures = [pool.submit(_render_in_worker, index) for index in blocks]
             try:
@@ -71,23 +73,21 @@ def _listen(queue: Any, on_kernels: Callable[[int], None]) -> None:
         on_kernels(count)
 
 
-def _start_worker(plan: Plan, path: Path, device: str, threads: int, done: Any) -> None:
+def _start_worker(plan: Plan, path: Path, device: str, cores: int, share: int, done: Any) -> None:
     from psfgen.render import load
 
     threading.Thread(target=_die_with_parent, daemon=True).start()
     lens, found = load(plan.config, device)
     if found.sha256 != plan.sha256:
         raise ConfigError(f"lens {plan.config.lens} changed while it was rendered")
-    engine = engine_class(plan.config.engine)(lens, plan)
-    _worker.update(plan=plan, engine=engine, store=open_store(path, allow_incomplete=True))
-    _worker.update(threads=threads, done=done)
+    _worker.update(specimens=Specimens(lens, plan), store=open_store(path, allow_incomplete=True))
+    _worker.update(options={"cores": cores, "share": share, "on_kernels": done.put})
 
 
 def _render_in_worker(index: int) -> None:
-    from psfgen.render import render_block
+    from psfgen.block import render_block
 
-    w = _worker
-    render_block(w["engine"], w["plan"], w["store"], index, threads=w["threads"], on_kernels=w["done"].put)
+    render_block(_worker["specimens"], _worker["store"], index, **_worker["options"])
 
 
 def _die_with_parent() -> None:

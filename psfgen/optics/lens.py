@@ -24,7 +24,10 @@ import torch
 from torch import Tensor
 
 from psfgen import catalogue
+from psfgen.config import Move
 from psfgen.errors import LensError, nearest
+from psfgen.optics import perturb
+from psfgen.optics.prescription import asymmetry
 
 FORMATS = (".json", ".zmx", ".seq")
 REQUIRED = ("type", "r", "d_next")
@@ -49,8 +52,8 @@ class Lens:
     """A lens as DeepLens reads it, with its first-order numbers at `reference_um`.
 
     Attributes: `name`, `text` and `sha256` of the prescription, `efl_mm`, `fnum`, `sensor_mm` (W, H),
-    `pixel_um`, the entrance pupil `pupil_z_mm` and `pupil_r_mm`, and what its file recommends as
-    `pitch_um` and `field_max`.
+    `pixel_um`, the entrance pupil `pupil_z_mm` and `pupil_r_mm`, what its file recommends as `pitch_um` and
+    `field_max`, and `asymmetry`: what keeps it from being rotationally symmetric, or None.
 
     Raises LensError where the lens cannot be found, read or used, naming the way out.
     """
@@ -88,7 +91,26 @@ class Lens:
         self.fnum = float(self.geo.fnum)
         self.pupil_z_mm, self.pupil_r_mm = (float(v) for v in self.geo.get_entrance_pupil())
         self.stop_index = int(self.geo.aper_idx)
+        self._look_at_surfaces()
+
+    def _look_at_surfaces(self) -> None:
+        self.last_vertex_mm = float(self.geo.surf_d(len(self.geo.surfaces) - 1))
+        self.asymmetry = asymmetry(self.geo.surfaces)
         self.stop_xy = (float(self.stop.pos_x), float(self.stop.pos_y))
+
+    def as_built(self, moves: tuple[Move, ...]) -> Lens:
+        """This lens with its parts moved. EFL, entrance pupil and axis stay those of the design.
+
+        Raises ConfigError for a part that the lens does not have.
+        """
+        if not moves:
+            return self
+        built = copy.copy(self)
+        built.__dict__.pop("unclipped", None)
+        built.geo = copy.deepcopy(self.geo)
+        perturb.apply(built.geo.surfaces, moves)
+        built._look_at_surfaces()
+        return built
 
     @property
     def stop(self) -> Any:

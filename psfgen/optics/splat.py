@@ -1,4 +1,4 @@
-"""From sensor hits to kernels.
+"""From deposits to kernels: unit sum, error estimate, binning, size.
 
 Legend: P field points, N rays, k kernel side, b bins a side. Two interleaved halves of the rays are kept
 apart, because their difference tells the sampling error.
@@ -9,85 +9,231 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from psfgen.optics.blocks import jit, plain
 
 Array = NDArray[np.float64]
+Single = NDArray[np.float32]
 MOST_NOISE = 10.0  # of kernels so noisy that their halves share no sample
+SPLAT_VARIANCE_PX2 = 1 / 3  # what the bilinear splat adds to a kernel's second moment, both axes
 
 
-def deposit(xy_um: Array, valid: NDArray[np.bool_], kernel_px: int, pitch_um: float) -> Array:
-    """Bilinear splat of hits [P, N, 2] (um, upright, from the kernel's centre) onto samples -> [P, 2, k, k].
+def deposit(xy_mm: Tensor, valid: Tensor, kernel_px: int, pitch_mm: float) -> Tensor:
+    """Bilinear splat of hits [P, N, 2] (mm, upright, from the kernel's centre) onto samples -> [P, 2, k, k].
 
     Row 0 is +y. The second axis holds the even and the odd rays. A hit spreads unit weight over the four
     samples around it; what falls on no sample is lost, so that a sum below the count of rays is truncation.
     """
     points, rays = valid.shape
     side = kernel_px + 2  # one sample of margin takes the shares that miss the window
-    centre = (kernel_px - 1) / 2
-    column = xy_um[..., 0] / pitch_um + centre
-    row = centre - xy_um[..., 1] / pitch_um
-    inside = valid & (column > -1) & (column < kernel_px) & (row > -1) & (row < kernel_px)
-    image = 2 * np.arange(points)[:, None] + np.arange(rays) % 2
+    centre = (kernel_px - 1) / 2 + 1
+    column, row = centre + xy_mm[..., 0] / pitch_mm, centre - xy_mm[..., 1] / pitch_mm
+    inside = valid & (column > 0) & (column < side - 1) & (row > 0) & (row < side - 1)
+    half = torch.arange(rays, device=valid.device) % 2
+    image = 2 * torch.arange(points, device=valid.device)[:, None] + half
     column, row, image = column[inside], row[inside], image[inside]
-    left, top = np.floor(column), np.floor(row)
-    right_share, bottom_share = column - left, row - top
-    corner = (image * side + top.astype(np.int64) + 1) * side + left.astype(np.int64) + 1
-    total = np.zeros(points * 2 * side * side)
+    left, top = column.long(), row.long()
+    right_share, below_share = column - left, row - top
+    corner = (image * side + top) * side + left
+    total = column.new_zeros(points * 2 * side * side)
     for offset, share in (
-        (0, (1 - bottom_share) * (1 - right_share)),
-        (1, (1 - bottom_share) * right_share),
-        (side, bottom_share * (1 - right_share)),
-        (side + 1, bottom_share * right_share),
+        (0, (1 - below_share) * (1 - right_share)),
+        (1, (1 - below_share) * right_share),
+        (side, below_share * (1 - right_share)),
+        (side + 1, below_share * right_share),
     ):
-        total += np.bincount(corner + offset, weights=share, minlength=total.size)
+        total.index_add_(0, corner + offset, share)
     return total.reshape(points, 2, side, side)[..., 1:-1, 1:-1]
 
 
-def overlap_matrix(kernel_px: int, bins: int) -> Array:
-    """Share of each sample that falls into each bin [bins, k]: samples are `1` wide, bins k / bins."""
-    edges = np.linspace(0, kernel_px, bins + 1)
+def overlap(kernel_px: int, bins: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The bin in which each sample begins [k], and the shares of it in that bin and the next [k, 2].
+
+    Samples are 1 wide, bins kernel_px / bins: no narrower, so that a sample reaches two at most.
+    """
+    edges = np.arange(1, bins + 1) * (kernel_px / bins)
     sample = np.arange(kernel_px)
-    upper = np.minimum(edges[1:, None], sample + 1)
-    lower = np.maximum(edges[:-1, None], sample)
-    share: Array = np.clip(upper - lower, 0, None)
-    return share
+    first = np.minimum(np.searchsorted(edges, sample, side="right"), bins - 1)
+    inside = np.clip(edges[first] - sample, 0, 1)
+    inside[first == bins - 1] = 1.0
+    return first, np.stack([inside, 1 - inside], -1).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Normalised kernels with their error estimates; NaN where nothing was deposited."""
+    """Normalised kernels with what is known of them; NaN where nothing was deposited."""
 
-    psf: Array  # [..., k, k]
-    psf_binned: Array  # [..., b, b]
-    noise: Array  # [...]
-    noise_binned: Array  # [...]
+    psf: Single  # [..., k, k]
+    psf_binned: Single  # [..., b, b]
+    noise: Single  # [...]
+    noise_binned: Single  # [...]
+    rms_px: Single  # [...] root mean square distance from the centroid, the splat's own width taken out
 
 
-def normalise(halves: Array, bins: int) -> Kernels:
+def normalise(halves: NDArray[np.float32], bins: int, margins: tuple[float, float] = (1.0, 1.0)) -> Kernels:
     """Deposits [..., 2, k, k] -> kernels that sum to 1, with `noise` and `noise_binned`.
 
-    Noise = |A - B| / (2 |K|), A and B the kernels of the even and the odd rays and K the true kernel, for
-    which <A, B> stands, since the product of two halves holds no noise energy. For independent rays it is
-    the expected relative L2 error, for a spiral a safe bound of it. It ends at MOST_NOISE.
+    Noise = margin x |A - B| / (2 |K|), A and B the kernels of the even and the odd rays and K the true kernel,
+    for which <A, B> stands, since the product of two halves holds no noise energy. Without margin it is the
+    expected relative L2 error of independent rays, and a safe bound of a spiral's. It ends at MOST_NOISE.
     """
-    total = halves.sum(axis=-3)
-    share = overlap_matrix(halves.shape[-1], bins)
-    psf, psf_binned = _unit_sum(total), _unit_sum(share @ total @ share.T)
-    even, odd = halves[..., 0, :, :], halves[..., 1, :, :]
-    noise = _half_difference(even, odd, psf)
-    noise_binned = _half_difference(share @ even @ share.T, share @ odd @ share.T, psf_binned)
-    return Kernels(psf, psf_binned, noise, noise_binned)
+    shape, k = halves.shape[:-3], halves.shape[-1]
+    flat = np.ascontiguousarray(halves, np.float32).reshape(-1, 2, k, k)
+    first, share = overlap(k, bins)
+    psf, binned = np.empty((len(flat), k, k), np.float32), np.empty((len(flat), bins, bins), np.float32)
+    found = np.empty((len(flat), 3), np.float32)
+    _normalise(flat, first, share, margins, psf, binned, found)
+    return Kernels(
+        psf.reshape(*shape, k, k),
+        binned.reshape(*shape, bins, bins),
+        *(found[:, i].reshape(shape) for i in range(3)),
+    )
 
 
-def _unit_sum(kernel: Array) -> Array:
-    total = kernel.sum(axis=(-2, -1), keepdims=True)
-    return np.divide(kernel, total, out=np.full_like(kernel, np.nan), where=total > 0)
+def sampling(halves: NDArray[np.float32], slots: NDArray[np.int64], margin: float) -> tuple[Single, Single]:
+    """`noise` [n] of the deposits [:, 2, k, k] at `slots` [n], and how many rays stand on an effective sample [n].
+
+    Effective samples are 1 / sum K^2; the figure is scaled so that random rays would err by its -1/2 power
+    (a bilinear splat keeps 4/9 of the variance of a count).
+    """
+    found = np.empty((len(slots), 2), np.float32)
+    _sampling(halves, slots, margin, found)
+    return found[:, 0], found[:, 1]
 
 
-def _half_difference(even: Array, odd: Array, kernel: Array) -> Array:
-    a, b = np.nan_to_num(_unit_sum(even)), np.nan_to_num(_unit_sum(odd))
-    energy = np.einsum("...yx,...yx->...", a, b)
-    difference = np.linalg.norm(a - b, axis=(-2, -1))
-    noise = np.divide(difference, 2 * np.sqrt(energy), out=np.full_like(energy, MOST_NOISE), where=energy > 0)
-    dark = np.isnan(kernel).any(axis=(-2, -1))
-    return np.where(dark, np.nan, np.minimum(noise, MOST_NOISE))
+def weights(halves: NDArray[np.float32]) -> Array:
+    """What was deposited in all, of deposits [..., 2, k, k]."""
+    found = np.empty(halves.shape[:-3])
+    _weights(halves.reshape(-1, halves.shape[-1]), found.reshape(-1))
+    return found
+
+
+@plain
+def _weights(lines, found):  # type: ignore[no-untyped-def]
+    per = len(lines) // len(found)
+    for n in range(len(found)):
+        total = 0.0
+        for line in range(n * per, (n + 1) * per):
+            total += _sum(lines[line])
+        found[n] = total
+
+
+@jit
+def _sum(line):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for x in range(len(line)):
+        total += line[x]
+    return float(total)
+
+
+@jit
+def _noise(even, odd, margin):  # type: ignore[no-untyped-def]
+    """(noise, <A, B>, weight) of the deposits of two halves. Rows are summed in single, their sums in double."""
+    sum_even = sum_odd = 0.0
+    for y in range(even.shape[0]):
+        line_even = line_odd = np.float32(0)
+        for x in range(even.shape[1]):
+            line_even += even[y, x]
+            line_odd += odd[y, x]
+        sum_even += float(line_even)
+        sum_odd += float(line_odd)
+    weight = sum_even + sum_odd
+    if sum_even == 0 or sum_odd == 0:
+        return (np.nan if weight == 0 else MOST_NOISE), 0.0, weight
+    scale_even, scale_odd = np.float32(1 / sum_even), np.float32(1 / sum_odd)
+    energy = difference = 0.0
+    for y in range(even.shape[0]):
+        line_energy = line_difference = np.float32(0)
+        for x in range(even.shape[1]):
+            a, b = even[y, x] * scale_even, odd[y, x] * scale_odd
+            line_energy += a * b
+            line_difference += (a - b) * (a - b)
+        energy += float(line_energy)
+        difference += float(line_difference)
+    if energy <= 0:
+        return MOST_NOISE, 0.0, weight
+    return min(margin * np.sqrt(difference / energy) / 2, MOST_NOISE), energy, weight
+
+
+@plain
+def _sampling(halves, slots, margin, found):  # type: ignore[no-untyped-def]
+    for n in range(len(slots)):
+        noise, energy, weight = _noise(halves[slots[n], 0], halves[slots[n], 1], margin)
+        found[n, 0] = noise
+        found[n, 1] = 9 / 4 * weight * energy
+
+
+@jit
+def _moments(even, odd):  # type: ignore[no-untyped-def]
+    """Sums of weight x (x, y, x^2 + y^2) of both halves together, from the middle sample."""
+    k = even.shape[0]
+    middle = (k - 1) / 2
+    across = down = moment = 0.0
+    for y in range(k):
+        line = offset = square = np.float32(0)
+        for x in range(k):
+            both = even[y, x] + odd[y, x]
+            at = np.float32(x) - np.float32(middle)
+            line += both
+            offset += both * at
+            square += both * at * at
+        across += float(offset)
+        down += (y - middle) * float(line)
+        moment += float(square) + (y - middle) ** 2 * float(line)
+    return across, down, moment
+
+
+@plain
+def _binned(image, first, share, lines, turned, out):  # type: ignore[no-untyped-def]
+    """The image in bins, as out[bx, by]: sample i gives the shares share[i] to the bins first[i] and the next.
+
+    Rows first, then columns of what that gives, turned over, so that both inner loops run along a row of numbers.
+    """
+    k, bins = len(first), len(out)
+    lines[:] = 0
+    for y in range(k):
+        for part in range(2):
+            by, weight = first[y] + part, share[y, part]
+            if weight > 0:
+                for x in range(k):
+                    lines[by, x] += weight * image[y, x]
+    for x in range(k):
+        for by in range(bins):
+            turned[x, by] = lines[by, x]
+    out[:] = 0
+    for x in range(k):
+        for part in range(2):
+            bx, weight = first[x] + part, share[x, part]
+            if weight > 0:
+                for by in range(bins):
+                    out[bx, by] += weight * turned[x, by]
+
+
+@plain
+def _normalise(halves, first, share, margins, psf, binned, found):  # type: ignore[no-untyped-def]
+    k, bins = psf.shape[-1], binned.shape[-1]
+    parts = np.empty((2, bins, bins), np.float32)
+    lines, turned = np.empty((bins, k), np.float32), np.empty((k, bins), np.float32)
+    for n in range(len(halves)):
+        even, odd = halves[n, 0], halves[n, 1]
+        noise, _, total = _noise(even, odd, margins[0])
+        if total == 0:
+            psf[n], binned[n], found[n] = np.nan, np.nan, np.nan
+            continue
+        scale = np.float32(1 / total)
+        for y in range(k):
+            for x in range(k):
+                psf[n, y, x] = (even[y, x] + odd[y, x]) * scale
+        for half in range(2):
+            _binned(halves[n, half], first, share, lines, turned, parts[half])
+        for y in range(bins):
+            for x in range(bins):
+                binned[n, y, x] = (parts[0, x, y] + parts[1, x, y]) * scale
+        across, down, moment = _moments(even, odd)
+        spread = moment / total - (across / total) ** 2 - (down / total) ** 2 - SPLAT_VARIANCE_PX2
+        found[n, 0] = noise
+        found[n, 1], _, _ = _noise(parts[0], parts[1], margins[1])
+        found[n, 2] = np.sqrt(max(spread, 0.0))

@@ -1,7 +1,8 @@
 """The contract between psfgen and psftrain: axes, units, arrays, attributes, version.
 
-Legend of the dims: focus, depth, field_y, field_x, wavelength, then ky, kx (samples of `psf`) or by, bx
-(bins of `psf_binned`). Every coordinate ascends, except ky and by, which descend: row 0 is scene +y.
+Legend of the dims: copy (only in stores of several specimens of a lens), focus, depth, field_y, field_x,
+wavelength, then ky, kx (samples of `psf`) or by, bx (bins of `psf_binned`). Every coordinate ascends, except ky and
+by, which descend: row 0 is scene +y. A block, the unit of work and of commit, is one depth of one copy.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ ARRAY_ATTRS: dict[str, dict[str, str]] = {
 }
 COORD_DIMS: dict[str, str] = {"focus_dioptre": "focus", "depth_dioptre": "depth"}
 COORD_ATTRS: dict[str, dict[str, str]] = {
+    "copy": {"units": "1", "long_name": "specimen of the lens design"},
     "focus": {"units": "mm", "long_name": "distance the lens is focused at"},
     "focus_dioptre": {"units": "1/m", "long_name": "inverse focus distance"},
     "depth": {"units": "mm", "long_name": "object distance from the first surface vertex"},
@@ -58,11 +60,7 @@ COORD_ATTRS: dict[str, dict[str, str]] = {
     "bx": {"units": "um", "long_name": "bin centre, upright, from the chief ray"},
 }
 DESCENDING = ("ky", "by")
-
-
-def block_name(index: int) -> str:
-    """Name of the block of depth `index`."""
-    return f"depth-{index:04d}"
+BANDED = ("psf", "psf_binned")
 
 
 def centres_um(count: int, pitch_um: float) -> NDArray[np.float64]:
@@ -80,11 +78,13 @@ def coordinates(
     kernel_px: int,
     bins: int,
     pitch_um: float,
+    copies: int | None = None,
 ) -> dict[str, NDArray[np.float64]]:
-    """Every coordinate of a store, by name."""
+    """Every coordinate of a store, by name; `copy` only where a number of copies is given."""
     k = centres_um(kernel_px, pitch_um)
     b = centres_um(bins, pitch_um * kernel_px / bins)
     return {
+        **({} if copies is None else {"copy": np.arange(copies, dtype=np.float64)}),
         "focus": focus_mm,
         "focus_dioptre": 1000 / focus_mm,
         "depth": depth_mm,
@@ -109,17 +109,47 @@ class StoreSpec:
     coords: Mapping[str, NDArray[np.float64]]
     attrs: Mapping[str, Any]
 
+    @property
+    def kernel_dims(self) -> tuple[str, ...]:
+        """The dims that number the kernels."""
+        return (*self._leading, *KERNELS)
+
+    def dims(self, name: str) -> tuple[str, ...]:
+        """The dims of an array."""
+        return (*self._leading, *ARRAY_DIMS[name])
+
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(len(self.coords[dim]) for dim in ARRAY_DIMS[name])
+        return tuple(len(self.coords[dim]) for dim in self.dims(name))
 
     def chunks(self, name: str) -> tuple[int, ...]:
-        """Chunk shape: `psf` by bands of field rows, every other array one chunk a block."""
-        shape = dict(zip(ARRAY_DIMS[name], self.shape(name), strict=True))
-        shape["depth"] = 1
+        """Chunk shape: `psf` and `psf_binned` by bands of field rows, every other array one chunk a block."""
+        shape = dict(zip(self.dims(name), self.shape(name), strict=True))
+        shape.update(dict.fromkeys(self.block_dims, 1))
+        if name in BANDED:
+            shape["field_y"] = self.band_rows
         if name == "psf":
             shape["focus"] = 1
-            shape["field_y"] = self.band_rows
-        return tuple(shape[dim] for dim in ARRAY_DIMS[name])
+        return tuple(shape[dim] for dim in self.dims(name))
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the blocks, in the order of their numbers: copy by copy, depth by depth."""
+        places = map(self.block_at, range(math.prod(len(self.coords[dim]) for dim in self.block_dims)))
+        return tuple("-".join(f"{dim}-{at:04d}" for dim, at in place.items()) for place in places)
+
+    @property
+    def block_dims(self) -> tuple[str, ...]:
+        """The dims along which the blocks lie."""
+        return (*self._leading, "depth")
+
+    def block_at(self, index: int) -> dict[str, int]:
+        """Where block `index` lies: dim -> index."""
+        place = np.unravel_index(index, tuple(len(self.coords[dim]) for dim in self.block_dims))
+        return {dim: int(at) for dim, at in zip(self.block_dims, place, strict=True)}
+
+    @property
+    def _leading(self) -> tuple[str, ...]:
+        return ("copy",) if "copy" in self.coords else ()
 
     @property
     def band_rows(self) -> int:

@@ -34,8 +34,7 @@ def problems(store: Store, on_block: Callable[[], object] = lambda: None) -> Ite
 
 
 def _structure(store: Store) -> Iterator[str]:
-    for name in schema.COORD_ATTRS:
-        values = store.coords[name]
+    for name, values in store.coords.items():
         steps = np.diff(-values if name in (*schema.DESCENDING, "focus_dioptre", "depth_dioptre") else values)
         if values.ndim != 1 or np.isnan(values).any() or not (steps > 0).all():
             yield f"coordinate {name} is not strictly monotonic"
@@ -46,7 +45,7 @@ def _structure(store: Store) -> Iterator[str]:
             yield _fault(error)
             continue
         expected = list(store.spec.shape(name))
-        expected[schema.ARRAY_DIMS[name].index("depth")] = 0
+        expected[store.spec.dims(name).index("depth")] = 0
         if list(shape) != expected:
             yield f"{name} has shape {shape}, its coordinates say {tuple(expected)}"
 
@@ -86,7 +85,7 @@ def _checksums(store: Store, index: int) -> Iterator[str]:
 
 def _values(store: Store, index: int) -> Iterator[str]:
     """NaN exactly where no ray arrives; kernels non-negative and summing to 1; shares within [0, 1]."""
-    name, here = store.blocks[index], {"depth": index}
+    name, here = store.blocks[index], store.spec.block_at(index)
     try:
         throughput = store.read("throughput", **here)
         captured = store.read("captured", **here)

@@ -46,9 +46,10 @@ class ZarrStore:
                 f"this psfgen reads {schema.SCHEMA_NAME} version {schema.SCHEMA_VERSION[0]}.x"
             )
         self._arrays: dict[str, Any] = {}
-        self.coords: dict[str, NDArray[np.float64]] = {name: self.read(name) for name in schema.COORD_ATTRS}
+        held = [name for name in schema.COORD_ATTRS if name != "copy" or "copy" in self.group]
+        self.coords: dict[str, NDArray[np.float64]] = {name: self.read(name) for name in held}
         self.spec = schema.StoreSpec(self.coords, self.attrs)
-        self.blocks = tuple(schema.block_name(i) for i in range(len(self.coords["depth"])))
+        self.blocks = self.spec.blocks
 
     @staticmethod
     def is_store(path: Path) -> bool:
@@ -97,7 +98,8 @@ class ZarrStore:
         paths = []
         for name in schema.ARRAY_DIMS:
             counts = [range(-(-n // c)) for n, c in zip(self.spec.shape(name), self.spec.chunks(name), strict=True)]
-            counts[schema.ARRAY_DIMS[name].index("depth")] = range(block, block + 1)
+            for dim, at in self.spec.block_at(block).items():
+                counts[self.spec.dims(name).index(dim)] = range(at, at + 1)
             paths += ["/".join([name, "c", *map(str, at)]) for at in product(*counts)]
         return paths
 
@@ -150,8 +152,8 @@ class ZarrStore:
 def _lay_out(path: Path, spec: schema.StoreSpec) -> None:
     codecs: Any = (ZstdCodec(level=1), Crc32cCodec())
     group = zarr.create_group(store=str(path), attributes=schema.plain(spec.attrs))
-    for name, attributes in schema.COORD_ATTRS.items():
-        values = np.asarray(spec.coords[name], dtype=np.float64)
+    for name, coordinate in spec.coords.items():
+        values = np.asarray(coordinate, dtype=np.float64)
         array = group.create_array(
             name,
             shape=values.shape,
@@ -160,10 +162,11 @@ def _lay_out(path: Path, spec: schema.StoreSpec) -> None:
             compressors=codecs,
             fill_value=float("nan"),
             dimension_names=(schema.COORD_DIMS.get(name, name),),
-            attributes=dict(attributes),
+            attributes=dict(schema.COORD_ATTRS[name]),
         )
         array[:] = values
-    for name, dims in schema.ARRAY_DIMS.items():
+    for name in schema.ARRAY_DIMS:
+        dims = spec.dims(name)
         group.create_array(
             name,
             shape=spec.shape(name),
