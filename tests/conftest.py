@@ -21,6 +21,7 @@ from psfgen import catalogue
 from psfgen.config import RenderConfig
 from psfgen.errors import report
 from psfgen.optics.lens import Lens
+from psfgen.optics.trace import Tracer, tracer_class
 from psfgen.render import render
 from psfgen.store import Store
 
@@ -72,6 +73,18 @@ SURF 4
 
 torch.set_num_threads(1)  # torch's threads meet after every operation, which crawls on a shared machine
 lens = functools.cache(Lens)
+
+
+@functools.cache
+def tracer(
+    of: Lens,
+    name: str = "numba",
+    wavelengths_um: tuple[float, ...] = (0.5876,),
+    dtype: torch.dtype = torch.float32,
+) -> Tracer:
+    """A tracer of `trace.TRACERS`; its surface tables last as long as the tests."""
+    made: Tracer = tracer_class(name)(of, wavelengths_um, dtype)
+    return made
 
 
 def tiny(out: Path, **changes: Any) -> RenderConfig:

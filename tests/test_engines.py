@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import lens
+from conftest import lens, tracer
 from numpy.typing import NDArray
 from scipy.ndimage import shift
 from scipy.signal import fftconvolve
@@ -31,12 +31,12 @@ def shoot(name: str, field: Any, depth_mm: float, *, engine: str = "geometric", 
     """The deposits of field points [(x, y), ...] at one depth."""
     config = RenderConfig(**{"lens": name, "depth": depth_mm, **BASE, **changes})
     built = engine_class(engine)(lens(name), Plan.of(config, lens(name)))
-    found: Deposits = built.deposit(torch.tensor(field, dtype=torch.float64), depth_mm)
+    found: Deposits = built.deposit(built.aim(torch.tensor(field, dtype=torch.float64), depth_mm))
     return found
 
 
 def kernels(found: Deposits, bins: int = 8) -> Kernels:
-    return normalise(found.halves, bins)
+    return normalise(found.halves, bins, found.margins)
 
 
 def rel_l2(a: Array, b: Array) -> Array:
@@ -82,7 +82,8 @@ def test_defocus_of_an_ideal_lens_is_the_disc_of_geometry(
     second_moment = (kernel * (at**2 + at[:, None] ** 2)).sum() - pitch_um**2 / 3
     assert math.sqrt(2 * second_moment) == pytest.approx(radius_um, rel=1e-3)
     assert centroid_px(kernel) == pytest.approx([0, 0], abs=0.02)
-    assert (found.captured, found.throughput) == (1, 1)
+    assert found.throughput.item() == pytest.approx(1, rel=1e-12)
+    assert found.captured.item() == pytest.approx(1, rel=1e-6)
     assert kernel[28:36, 28:36].mean() == pytest.approx(pitch_um**2 / (math.pi * radius_um**2), rel=0.05)
 
 
@@ -121,7 +122,7 @@ def test_an_image_of_a_point_has_its_tail_where_the_rays_go(
 ) -> None:
     """A point at the chief ray, convolved with its kernel, is the picture that -hits of a direct trace make."""
     field = (direction[0] * lens(name).field_max, direction[1] * lens(name).field_max)
-    pitch_um, sensor_z = 2 * lens(name).pitch_um, pupil.sensor_z_mm(lens(name), 2000.0)
+    pitch_um, sensor_z = 2 * lens(name).pitch_um, pupil.sensor_z_mm(lens(name), tracer(lens(name)), 2000.0)
     found = shoot(name, [field], depth_mm, spp=16384, pitch_um=pitch_um, kernel_px=33)
     chief_mm = found.chief_mm[0, 0]
     upright = (hits_mm(name, field, depth_mm, sensor_z, 40000) - chief_mm) * 1000 / pitch_um
@@ -149,7 +150,7 @@ def test_lateral_colour_stays_in_the_kernel() -> None:
     found = kernels(shoot("acl12708u", [(0.5, 0)], 2000.0, wavelength=colours, pitch_um=10, spp=16384)).psf[0, 0]
     parts = [centroid_px(kernel)[1] * 10 for kernel in found]
     o, d = pupil.aim(lens("acl12708u"), torch.tensor([0.5, 0.0], dtype=torch.float64), 2000.0, 2 * pupil.spiral(16384))
-    sensor_z = pupil.sensor_z_mm(lens("acl12708u"), 2000.0)
+    sensor_z = pupil.sensor_z_mm(lens("acl12708u"), tracer(lens("acl12708u")), 2000.0)
     means = [-1000 * float(lens("acl12708u").trace(o, d, um).at(sensor_z)[:, 0].mean()) for um in colours]
     assert means[2] - means[0] > 2.0, "no lateral colour, no test"
     assert np.diff(parts) == pytest.approx(np.diff(means), abs=0.1)
@@ -185,7 +186,7 @@ def test_captured_is_the_share_of_rays_inside_the_window(
     """The splat's edges are ramps one sample wide about +-kernel_px / 2 samples."""
     pitch_um = min(lens(name).pitch_um, 20.0)
     found = shoot(name, [field], depth_mm, kernel_px=24, pitch_um=pitch_um)
-    hits = hits_mm(name, field, depth_mm, pupil.sensor_z_mm(lens(name), 2000.0), 60000)
+    hits = hits_mm(name, field, depth_mm, pupil.sensor_z_mm(lens(name), tracer(lens(name)), 2000.0), 60000)
     off_px = np.abs(hits[np.isfinite(hits[:, 0])] - found.chief_mm[0, 0]) * 1000 / pitch_um
     inside = (off_px <= 12).all(axis=1).mean()
     assert 0.1 < inside < 0.95
@@ -240,12 +241,11 @@ def test_more_rays_make_less_noise() -> None:
 
 
 def test_points_do_not_depend_on_their_batch() -> None:
-    """But for the last bits."""
     field = [(0.1, 0.2), (-0.6, 0.9), (0.4, -0.4)]
     together = shoot("double_gauss", field, 1500.0, wavelength="0.48,0.6", focus="1m,inf")
     for p, point in enumerate(field):
         alone = shoot("double_gauss", [point], 1500.0, wavelength="0.48,0.6", focus="1m,inf")
-        np.testing.assert_allclose(alone.halves[0], together.halves[p], atol=1e-6)
+        assert np.array_equal(alone.halves[0], together.halves[p])
         np.testing.assert_allclose(alone.chief_mm[0], together.chief_mm[p], atol=1e-10)
         assert np.array_equal(alone.throughput[0], together.throughput[p])
 
@@ -280,15 +280,15 @@ def test_kernels_are_those_of_deeplens_but_for_its_own_scatter(name: str, depth_
 
 
 def test_the_deeplens_engine_tells_what_psf_does_not() -> None:
-    """Throughput, captured and chief ray are the geometric engine's; a seed gives the same kernels again."""
+    """Throughput, captured and chief ray are those of the general path; a seed gives the same kernels again."""
     field = [(0.5, 0.5)]
     small: dict[str, Any] = {"spp": 1024, "kernel_px": 8}
     theirs, ours = (shoot("triplet", field, 1500.0, engine=name, **small) for name in ("deeplens", "geometric"))
     assert 0.1 < ours.captured.item() < 0.9
-    assert np.array_equal(theirs.throughput, ours.throughput)
-    assert np.array_equal(theirs.chief_mm, ours.chief_mm)
-    assert theirs.captured == pytest.approx(ours.captured)
-    assert theirs.halves.sum((-3, -2, -1)) == pytest.approx(2 * ours.captured)
+    assert theirs.throughput == pytest.approx(ours.throughput, abs=2e-3)
+    assert theirs.chief_mm == pytest.approx(ours.chief_mm, abs=1e-9)
+    assert theirs.captured == pytest.approx(ours.captured, abs=2e-3)
+    assert theirs.halves.sum((-3, -2, -1)) == pytest.approx(2 * theirs.captured)
     again = shoot("triplet", field, 1500.0, engine="deeplens", **small)
     assert np.array_equal(theirs.halves, again.halves)
     other = shoot("triplet", field, 1500.0, engine="deeplens", seed=1, **small)
@@ -314,8 +314,8 @@ def test_every_engine_keeps_the_contract(name: str) -> None:
     assert found.chief_mm.shape == (points, focuses, 2)
     assert found.rays >= points * waves * 4096
     assert (found.halves >= 0).all()
-    for share in (found.throughput, found.captured):
-        assert ((share >= 0) & (share <= 1 + 1e-9)).all()
+    assert ((found.throughput >= 0) & (found.throughput <= 1 + 1e-12)).all()
+    assert ((found.captured >= 0) & (found.captured <= 1 + 1e-6)).all(), "weights are single sums"
     assert np.array_equal(found.captured == 0, found.halves.sum((-3, -2, -1)) == 0)
 
 

@@ -381,7 +381,8 @@ def test_the_advice_renders_the_same_lens_at_other_points(
     assert ran.code == 0, ran.err
     wanted, found = open_store(path).attrs["config"], ran.document["config"]
     assert found["layout"] != wanted["layout"]
-    for key in wanted.keys() - {"layout"}:
+    assert (wanted["tracer"], found["tracer"]) == ("auto", "numba"), "a store made by a render knows its tracer"
+    for key in wanted.keys() - {"layout", "tracer", "tolerance"}:
         expected, got = (
             [float(item) for item in values] if isinstance(values, list) else values
             for values in (wanted[key], found[key])

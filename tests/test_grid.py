@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 
 import numpy as np
 import pytest
 
-from psfgen.grid import LAYOUTS, field_axes, pupil_shift
+from psfgen.grid import LAYOUTS, field_axes, pupil_seed
 
 
 def test_the_grid_spans_the_field_symmetrically() -> None:
@@ -41,7 +42,9 @@ def test_random_is_seeded_sorted_and_inside_the_field() -> None:
 
 def test_every_layout_and_seed_turns_the_pupil_differently() -> None:
     """Else a held-out store would share its sampling error with the training grid."""
-    shifts = [pupil_shift(seed, layout) for seed in (0, 1) for layout in LAYOUTS]
-    assert all(0 <= value < 1 for shift in shifts for value in shift)
-    assert all(a[0] != b[0] and a[1] != b[1] for a, b in combinations(shifts, 2))
-    assert pupil_shift(0, "cells") == shifts[1]
+    seeds = [pupil_seed(seed, layout) for seed in (0, 1) for layout in LAYOUTS]
+    assert all(isinstance(seed, int) and 0 <= seed < 2**31 for seed, _ in seeds)
+    assert all(0 <= turn < 2 * math.pi for _, turn in seeds)
+    assert max(turn for _, turn in seeds) > math.pi, "turns are radians"
+    assert all(a[0] != b[0] and abs(a[1] - b[1]) > 1e-3 for a, b in combinations(seeds, 2))
+    assert pupil_seed(0, "cells") == seeds[1]

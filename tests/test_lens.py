@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SINGLET_ZMX, lens, variant
+from conftest import SINGLET_ZMX, lens, tracer, variant
 from numpy.typing import NDArray
 
 from psfgen import catalogue
@@ -42,7 +42,7 @@ def test_the_default_lens_is_the_real_condenser() -> None:
     condenser = lens("acl12708u")
     assert condenser.efl_mm == pytest.approx(7.977, abs=5e-4)
     rays = condenser.trace(*pupil.aim(condenser, AXIS, math.inf, 2.0 * pupil.spiral(4096)), condenser.reference_um)
-    spot_um = 1000 * rays.at(pupil.sensor_z_mm(condenser, math.inf))
+    spot_um = 1000 * rays.at(pupil.sensor_z_mm(condenser, tracer(condenser), math.inf))
     assert float(spot_um.square().sum(-1).mean().sqrt()) == pytest.approx(2.28, abs=0.01)
 
 

@@ -33,8 +33,26 @@ OTHER: dict[str, Any] = {
     "pitch_um": 9.0,
     "engine": "deeplens",
     "seed": 1,
+    "tracer": "torch",
+    "tolerance": 0.1,
+    "spp_max": 2**12,
+    "sampling": "sobol",
+    "precision": "double",
+    "perturb": ({"element": 0, "tilt_deg": (0.1, 0.0)},),
+    "copies": 3,
+    "tolerances": {"tilt_deg": 0.01},
 }
-SAME: dict[str, Any] = {"out": "x", "format": "hdf5", "executor": "dask", "workers": 7, "device": "auto"}
+# What must be given besides, for a key to have a meaning.
+SPECIMENS: dict[str, Any] = {"copies": 2, "tolerances": {"decentre_mm": 0.01}}
+BESIDE: dict[str, dict[str, Any]] = {"tolerance": {"spp": None}, "copies": SPECIMENS, "tolerances": SPECIMENS}
+SAME: dict[str, Any] = {
+    "out": "x",
+    "format": "hdf5",
+    "executor": "dask",
+    "workers": 7,
+    "memory_mib": 99,
+    "device": "auto",
+}
 
 
 def plan(**changes: Any) -> Plan:
@@ -43,7 +61,8 @@ def plan(**changes: Any) -> Plan:
 
 @pytest.mark.parametrize("key", OTHER)
 def test_what_changes_the_numbers_changes_the_plan(key: str) -> None:
-    assert plan(**{key: OTHER[key]}).sha256 != plan().sha256
+    beside = BESIDE.get(key, {})
+    assert plan(**{**beside, key: OTHER[key]}).sha256 != plan(**beside).sha256
 
 
 @pytest.mark.parametrize("key", SAME)
@@ -52,7 +71,7 @@ def test_where_and_how_it_runs_does_not_change_the_plan(key: str) -> None:
 
 
 def test_every_key_is_one_or_the_other() -> None:
-    assert {*OTHER, *SAME, "lens", "tracer"} == set(RenderConfig.model_fields)
+    assert {*OTHER, *SAME, "lens"} == set(RenderConfig.model_fields)
     assert set(INVOCATION) == set(SAME)
 
 
@@ -81,6 +100,30 @@ def test_the_default_job_is_the_documented_one() -> None:
     assert default.config.out == "psfs.zarr"
 
 
+def test_rays_are_a_number_or_a_tolerance() -> None:
+    """The tolerance stands open only until it is known that no number of rays is given."""
+    assert plan().config.tolerance is None
+    adaptive = plan(spp=None).config
+    assert (adaptive.tolerance, adaptive.spp, adaptive.spp_max) == (0.03, None, 2**20)
+    assert plan(spp=None, tolerance=0.03).sha256 == plan(spp=None).sha256
+
+
+def test_the_tracer_is_what_auto_means_here() -> None:
+    assert plan().config.tracer == plan(tracer="numba").config.tracer == "numba"
+    assert plan().sha256 == plan(tracer="numba").sha256
+    assert plan(tracer="deeplens").config.tracer == "deeplens"
+
+
+def test_blocks_are_depths_of_copies() -> None:
+    assert plan().blocks == range(3)
+    several = plan(copies=4, tolerances={"tilt_deg": 0.1})
+    assert several.blocks == range(4 * 3)
+    assert several.spec.block_at(7) == {"copy": 2, "depth": 1}
+    assert several.spec.blocks[7] == "copy-0002-depth-0001"
+    assert (several.kernels_per_block, several.kernels) == (36, 4 * 3 * 36)
+    assert several.nbytes == 4 * plan().nbytes
+
+
 def test_the_document_is_plain_json() -> None:
     text = json.dumps(plan().document, allow_nan=False)
     assert '"inf"' in text
@@ -92,12 +135,13 @@ def test_a_plan_refuses_what_the_glass_does_not_reach() -> None:
         plan(wavelength="0.5,3.0")
 
 
-@pytest.mark.parametrize("key", ["grid", "depth", "seed", "pitch_um"])
+@pytest.mark.parametrize("key", [key for key in OTHER if key != "engine"])
 def test_a_mismatch_names_the_first_key_that_differs(key: str) -> None:
-    stored = {"plan": plan(**{key: OTHER[key]}).document}
+    here = plan(**BESIDE.get(key, {}))
+    stored = {"plan": plan(**{**BESIDE.get(key, {}), key: OTHER[key]}).document}
     with pytest.raises(PlanMismatch, match=f"psfs.zarr exists with another plan: {key} is .*--overwrite"):
-        plan().require_same(stored, "psfs.zarr")
-    plan().require_same({"plan": plan().document}, "psfs.zarr")
+        here.require_same(stored, "psfs.zarr")
+    here.require_same({"plan": json.loads(json.dumps(here.document))}, "psfs.zarr")
 
 
 def test_a_mismatch_of_the_lens_is_called_lens(tmp_path: Path) -> None:
