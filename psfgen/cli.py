@@ -49,7 +49,9 @@ def cli(context: click.Context) -> None:
 def common(command: Command) -> Command:
     """The options every command has."""
     command = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
-    return click.option("-v", "--verbose", is_flag=True, help="Show where an error comes from.")(command)
+    return click.option("-v", "--verbose", is_flag=True, help="Show where an error comes from, and where time went.")(
+        command
+    )
 
 
 def config_options(command: Command) -> Command:

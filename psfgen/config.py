@@ -208,8 +208,10 @@ class RenderConfig(Config):
     @model_validator(mode="after")
     def _fits(self) -> RenderConfig:
         if (self.copies is None) != (self.tolerances == Tolerances()):
-            lacking = "tolerances, which say how they differ" if self.copies else "copies, which they are to differ"
-            raise ValueError(f"{'copies' if self.copies else 'tolerances'} need {lacking}")
+            given, lacking = (
+                ("copies", "tolerances: how they differ") if self.copies else ("tolerances", "copies: how many")
+            )
+            raise ValueError(f"{given} need {lacking}")
         if self.spp is not None and self.tolerance is not None:
             raise ValueError(f"spp {self.spp} and tolerance {self.tolerance:g} exclude each other; give one")
         for key, rays in (("spp", self.spp), ("spp_max", self.spp_max)):

@@ -30,13 +30,13 @@ def shortfalls(store: Store) -> Iterator[str]:
     tolerance, spp_max = (store.attrs["config"].get(key) for key in ("tolerance", "spp_max"))
     noisy = noise > (tolerance or NOISY)
     if noisy.any():
-        aim = f"the tolerance of {tolerance:.2g}" if tolerance else f"{100 * NOISY:.0f} %"
+        aim = f"the tolerance of {_percent(tolerance)}" if tolerance else _percent(NOISY)
         more = f"a larger spp_max (now {spp_max}) or " if spp_max < MOST_RAYS else ""
         cure = f"{more}a larger --tolerance" if tolerance else "more rays (--spp) or a --tolerance"
         yield (
             f"{noisy.sum()} of {noisy.size} kernels have an estimated error above {aim} "
-            f"(worst {np.nanmax(noise):.2%} at {_where(store, np.nanargmax(noise))}, "
-            f"median {np.nanmedian(noise):.1%}, binned {np.nanmedian(store.read('noise_binned')):.1%}); "
+            f"(worst {_percent(np.nanmax(noise))} at {_where(store, np.nanargmax(noise))}, "
+            f"median {_percent(np.nanmedian(noise))}, binned {_percent(np.nanmedian(store.read('noise_binned')))}); "
             f"{cure} would help"
         )
     yield from _diffraction(store, noise.size)
@@ -60,6 +60,10 @@ def _diffraction(store: Store, total: int) -> Iterator[str]:
             f"Airy radius {worst['airy_um']:.2g} um beside an RMS radius of {worst['rms_um']:.2g} um and samples of "
             f"{store.attrs['pitch_um']:g} um; a larger --pitch-um hides it"
         )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
 
 
 def _where(store: Store, flat: Any) -> str:

@@ -43,11 +43,13 @@ def describe(store: Store) -> tuple[dict[str, Any], str]:
         f"{store.path}: {'complete' if not missing else f'{missing} of {len(store.blocks)} blocks missing'}",
         f"lens       {lens['name']} (sha256 {lens['sha256'][:12]}), engine {attrs['engine']}, tracer {attrs['tracer']}",
         f"kernels    {size}",
+        f"rays       {_effort(attrs['config'])}",
+        *_as_built(attrs),
         f"sampling   {len(coords['kx'])} x {len(coords['ky'])} samples of {attrs['pitch_um']:g} um, "
         f"binned to {len(coords['bx'])} x {len(coords['by'])}; wavelengths {waves} um",
         f"depth      {span(coords['depth'])} mm",
         f"focus      {span(coords['focus'])} mm, sensor at "
-        + ", ".join(f"{np.mean(z):.4f}" for z in attrs["sensor_z_mm"].values())
+        + ", ".join(_range(z) for z in attrs["sensor_z_mm"].values())
         + " mm",
         f"field      x {span(coords['field_x'])}, y {span(coords['field_y'])} half sensor sides of "
         + " x ".join(f"{side:g}" for side in attrs["sensor_mm"])
@@ -65,6 +67,24 @@ def describe(store: Store) -> tuple[dict[str, Any], str]:
             document["noise"] = {"median": np.nanmedian(noise), "max": np.nanmax(noise)}
             lines.append(f"noise      estimated error: median {np.nanmedian(noise):.1%}, most {np.nanmax(noise):.1%}")
     return document, "\n".join(lines)
+
+
+def _range(z_mm: float | list[float]) -> str:
+    low, high = np.min(z_mm), np.max(z_mm)
+    return f"{low:.4f}" if low == high else f"{low:.4f} to {high:.4f}"
+
+
+def _effort(config: dict[str, Any]) -> str:
+    rays = f"{config['spp']} a kernel" if config.get("spp") else f"noise at most {config.get('tolerance')}"
+    return f"{rays}, {config.get('sampling')} points, {config.get('precision')} precision"
+
+
+def _as_built(attrs: dict[str, Any]) -> list[str]:
+    built = attrs.get("as_built")
+    if built is None:
+        return []
+    copies = f"{len(built)} copies of " if attrs["config"].get("copies") else ""
+    return [f"as built   {copies}the lens with {len(built[0])} parts moved (attribute as_built)"]
 
 
 def span(values: NDArray[np.float64]) -> str:
@@ -164,13 +184,19 @@ def _draw(store: Store, focus: int, depth: int, copy: int) -> Figure:
     _scale_bar(axes, store, side, zoom)
     waves = ", ".join(f"{w:g}" for w in coords["wavelength"])
     axes.set_title(
-        f"{store.attrs['lens']['name']}   {f'copy {copy}   ' if 'copy' in coords else ''}"
+        f"{store.attrs['lens']['name']}   {_specimen(store, copy)}"
         f"depth {_metres(coords['depth'][depth])}   "
         f"focus {_metres(coords['focus'][focus])}   {waves} um\n"
         "tiles scaled to their own peak, gamma 2.2; % = energy in the window, worst channel",
         fontsize=9,
     )
     return figure
+
+
+def _specimen(store: Store, copy: int) -> str:
+    if "copy" in store.coords:
+        return f"copy {copy}   "
+    return "as built   " if "as_built" in store.attrs else ""
 
 
 def _tile(index: int, side: int, tile: NDArray[np.float64]) -> slice:

@@ -69,9 +69,9 @@ def test_spp_max_ends_it_and_the_user_is_told(tmp_path: Path) -> None:
     told = [warning for warning in shortfalls(store) if "estimated error" in warning]
     assert len(told) == 1
     assert re.match(
-        r"36 of 36 kernels have an estimated error above the tolerance of 0\.0001 "
-        rf"\(worst {noise.max():.2%} at field .*"
-        rf"median {np.median(noise):.1%}, binned .*\); a larger spp_max \(now 4096\) or a larger --toler",
+        r"36 of 36 kernels have an estimated error above the tolerance of 0\.01 % "
+        rf"\(worst {100 * noise.max():.3g} % at field .*"
+        rf"median {100 * np.median(noise):.3g} %, binned .*\); a larger spp_max \(now 4096\) or a larger --toler",
         told[0],
     )
 
@@ -308,7 +308,7 @@ def test_shortfalls_count_and_place_what_they_tell(store: Path) -> None:
     assert cut.startswith("2 of 108 kernels keep less than 90 % of their energy")
     assert "least 25.0% at field (0.00, -1.00), depth inf mm, focus inf mm, 0.48 um" in cut
     assert noisy.startswith("1 of 108 kernels have an estimated error above 30")
-    assert "worst 50.00% at field (0.00, 1.00), depth 1000 mm, focus inf mm, 0.64 um, median 1.0%" in noisy
+    assert "worst 50 % at field (0.00, 1.00), depth 1000 mm, focus inf mm, 0.64 um, median 1 %" in noisy
     assert vignetted.startswith("2 of 108 kernels get no light")
     assert missed.startswith("1 of 108 kernels miss their window")
     assert "(first at field (1.00, 0.00), depth 1000 mm, focus 2000 mm, 0.64 um)" in missed
