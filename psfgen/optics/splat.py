@@ -188,28 +188,24 @@ def _moments(even, odd):  # type: ignore[no-untyped-def]
 
 @plain
 def _binned(image, first, share, lines, turned, out):  # type: ignore[no-untyped-def]
-    """The image in bins, as out[bx, by]: sample i gives the shares share[i] to the bins first[i] and the next.
-
-    Rows first, then columns of what that gives, turned over, so that both inner loops run along a row of numbers.
-    """
-    k, bins = len(first), len(out)
-    lines[:] = 0
-    for y in range(k):
-        for part in range(2):
-            by, weight = first[y] + part, share[y, part]
-            if weight > 0:
-                for x in range(k):
-                    lines[by, x] += weight * image[y, x]
-    for x in range(k):
-        for by in range(bins):
+    """The image in bins, as out[bx, by]: rows first, then the rows of what that gives, turned over."""
+    _bin_rows(image, first, share, lines)
+    for x in range(len(turned)):
+        for by in range(len(lines)):
             turned[x, by] = lines[by, x]
+    _bin_rows(turned, first, share, out)
+
+
+@plain
+def _bin_rows(image, first, share, out):  # type: ignore[no-untyped-def]
+    """Add up rows: row i gives the shares share[i] to the bins first[i] and the next."""
     out[:] = 0
-    for x in range(k):
+    for row in range(len(first)):
         for part in range(2):
-            bx, weight = first[x] + part, share[x, part]
+            into, weight = first[row] + part, share[row, part]
             if weight > 0:
-                for by in range(bins):
-                    out[bx, by] += weight * turned[x, by]
+                for i in range(image.shape[1]):
+                    out[into, i] += weight * image[row, i]
 
 
 @plain

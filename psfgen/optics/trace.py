@@ -119,43 +119,61 @@ def choose_tracer(name: str, lens: Lens) -> str:
     return name
 
 
-class DeepLensTracer:
-    """DeepLens's own trace, whatever the dtype."""
+class TensorTracer:
+    """What the two tracers over plain tensors share: from bundles to deposits, on the device of the lens."""
 
     def __init__(self, lens: Lens, wavelengths_um: tuple[float, ...], dtype: torch.dtype) -> None:
-        self.lens, self.wavelengths_um = lens, wavelengths_um
-
-    def trace(self, o: Tensor, d: Tensor, wavelength_um: float, *, clip: bool = True, to_stop: bool = False) -> Rays:
-        return self.lens.trace(o, d, wavelength_um, clip=clip, to_stop=to_stop)
+        self.lens, self.wavelengths_um, self.dtype = lens, wavelengths_um, dtype
 
     def points(self, pupil_xy: Tensor) -> PupilPoints:
-        return PupilPoints(len(pupil_xy), pupil_xy.to(self.lens.device, torch.float64))
+        return PupilPoints(len(pupil_xy), pupil_xy.to(self.lens.device, self.dtype))
 
     def deposit(
         self, bundles: Bundles, points: PupilPoints, pitch_mm: float, halves: NDArray[np.float32]
     ) -> tuple[NDArray[np.int64], Array]:
         passed = np.empty(len(bundles.wave), np.int64)
-        for rows in _chunks(len(bundles.wave), max(1, 8 * CHUNK_RAYS["cpu"] // points.count)):
-            for wave in np.unique(bundles.wave[rows]):
-                these = rows[bundles.wave[rows] == wave]
+        most = max(1, CHUNK_RAYS[self.lens.device.type] // points.count)
+        for wave in np.unique(bundles.wave):
+            of_wave = np.flatnonzero(bundles.wave == wave)
+            for at in _chunks(len(of_wave), most):
+                these = of_wave[at]
                 x, y, tangent_x, tangent_y, inside = _launch(self.lens, bundles, these, points.xy)
-                d = torch.stack([tangent_x, tangent_y, torch.ones_like(x)], -1)
-                o = torch.stack([x, y, torch.zeros_like(x)], -1) + LAUNCH_Z_MM * d
-                rays = self.trace(o, d / d.norm(dim=-1, keepdim=True), self.wavelengths_um[wave])
-                z = torch.full_like(rays.o[..., 0], self.lens.last_vertex_mm) - rays.o[..., 2]
-                tangents = rays.d[..., :2] / rays.d[..., 2:]
-                hit = rays.o[..., :2] + tangents * z[..., None]
-                valid = rays.valid & inside
+                hit, tangents, valid = self._leave(self.wavelengths_um[wave], x, y, tangent_x, tangent_y)
+                valid &= inside
                 passed[these] = valid.sum(-1).cpu().numpy()
                 _splat(self.lens, bundles, these, hit, tangents, valid, pitch_mm, halves)
         return passed, splat.weights(halves[bundles.slot])
 
+    def _leave(
+        self, wavelength_um: float, x: Tensor, y: Tensor, tangent_x: Tensor, tangent_y: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rays [B, N] from the plane of the first vertex -> x, y in that of the last, tangents [B, N, 2], validity."""
+        raise NotImplementedError
 
-class TorchTracer:
+
+class DeepLensTracer(TensorTracer):
+    """DeepLens's own trace, in float64 whatever the dtype."""
+
+    def __init__(self, lens: Lens, wavelengths_um: tuple[float, ...], dtype: torch.dtype) -> None:
+        super().__init__(lens, wavelengths_um, torch.float64)
+
+    def trace(self, o: Tensor, d: Tensor, wavelength_um: float, *, clip: bool = True, to_stop: bool = False) -> Rays:
+        return self.lens.trace(o, d, wavelength_um, clip=clip, to_stop=to_stop)
+
+    def _leave(
+        self, wavelength_um: float, x: Tensor, y: Tensor, tangent_x: Tensor, tangent_y: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        d = torch.stack([tangent_x, tangent_y, torch.ones_like(x)], -1)
+        o = torch.stack([x, y, torch.zeros_like(x)], -1) + LAUNCH_Z_MM * d
+        rays = self.trace(o, d / d.norm(dim=-1, keepdim=True), wavelength_um)
+        return rays.at(self.lens.last_vertex_mm), rays.d[..., :2] / rays.d[..., 2:], rays.valid
+
+
+class TorchTracer(TensorTracer):
     """The surface table in plain tensors: separate x, y, z, no branch on a value but the end of Newton's steps."""
 
     def __init__(self, lens: Lens, wavelengths_um: tuple[float, ...], dtype: torch.dtype) -> None:
-        self.lens, self.wavelengths_um, self.dtype = lens, wavelengths_um, dtype
+        super().__init__(lens, wavelengths_um, dtype)
         self.table = cache(self._table)
 
     def _table(self, wavelength_um: float, clip: bool, to_stop: bool) -> Prescription:
@@ -171,30 +189,14 @@ class TorchTracer:
         o, d = torch.stack(end, -1), torch.stack(course, -1)
         return Rays(o, d, valid & torch.isfinite(o).all(-1) & torch.isfinite(d).all(-1))
 
-    def points(self, pupil_xy: Tensor) -> PupilPoints:
-        return PupilPoints(len(pupil_xy), pupil_xy.to(self.lens.device, self.dtype))
-
-    def deposit(
-        self, bundles: Bundles, points: PupilPoints, pitch_mm: float, halves: NDArray[np.float32]
-    ) -> tuple[NDArray[np.int64], Array]:
-        passed = np.empty(len(bundles.wave), np.int64)
-        most = max(1, CHUNK_RAYS[self.lens.device.type] // points.count)
-        for wave in np.unique(bundles.wave):
-            of_wave = np.flatnonzero(bundles.wave == wave)
-            surfaces = self.table(self.wavelengths_um[wave], True, False)
-            for at in _chunks(len(of_wave), most):
-                these = of_wave[at]
-                x, y, tangent_x, tangent_y, inside = _launch(self.lens, bundles, these, points.xy)
-                scale = torch.rsqrt(1 + tangent_x**2 + tangent_y**2)
-                o, d, valid = trace_table(
-                    surfaces, [x, y, torch.zeros_like(x)], [tangent_x * scale, tangent_y * scale, scale]
-                )
-                tangents = torch.stack([d[0] / d[2], d[1] / d[2]], -1)
-                hit = torch.stack(o[:2], -1) - tangents * o[2][..., None]
-                valid &= inside
-                passed[these] = valid.sum(-1).cpu().numpy()
-                _splat(self.lens, bundles, these, hit, tangents, valid, pitch_mm, halves)
-        return passed, splat.weights(halves[bundles.slot])
+    def _leave(
+        self, wavelength_um: float, x: Tensor, y: Tensor, tangent_x: Tensor, tangent_y: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scale = torch.rsqrt(1 + tangent_x**2 + tangent_y**2)
+        course = [tangent_x * scale, tangent_y * scale, scale]
+        o, d, valid = trace_table(self.table(wavelength_um, True, False), [x, y, torch.zeros_like(x)], course)
+        tangents = torch.stack([d[0] / d[2], d[1] / d[2]], -1)
+        return torch.stack(o[:2], -1) - tangents * o[2][..., None], tangents, valid
 
 
 def variant(lens: Lens, wavelength_um: float, *, clip: bool, to_stop: bool) -> Prescription:
