@@ -29,8 +29,9 @@ from psfgen.specimens import Specimens
 from psfgen.store import Store, schema
 
 log = logging.getLogger(__name__)
-PACKAGES = ("deeplens-core", "torch", "numba", "numpy", "zarr")
+PACKAGES = ("deeplens-core", "torch", "numba", "numpy", "zarr", "h5py")
 MOST_AIMED = 128  # field points whose chief rays are solved together: fewer would waste time, more memory
+BEAT_S = 30.0  # how often a block that is being rendered says so
 PER_FOCUS = ("captured", "noise", "noise_binned")
 
 
@@ -49,21 +50,29 @@ def render_block(
     """
     name, plan = store.blocks[index], specimens.plan
 
+    started = beat = time.monotonic()
+
     def on_batch(kernels: int) -> None:
-        store.ledger.touch(name)
+        nonlocal beat
+        if time.monotonic() - beat > BEAT_S:
+            store.ledger.touch(name)
+            beat = time.monotonic()
         on_kernels(kernels)
 
-    store.ledger.start(name)
-    started = time.monotonic()
     try:
+        store.ledger.start(name)
         engine = specimens.engine(plan.spec.block_at(index).get("copy", 0))
         cut = cut_block(engine, plan, cores=cores, share=share)
         entry = Block(engine, plan, index).render(store, cut, on_batch)
         seconds = round(time.monotonic() - started, 3)
         store.commit(index, {**entry, "seconds": seconds, "host": socket.gethostname(), "versions": versions()})
     except BaseException as error:
+        store.abandon(index)
         with _quietly():  # a full disk must not hide what went wrong
-            store.ledger.fail(name, f"{type(error).__name__}: {error}")
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                store.ledger.stop(name)
+            else:
+                store.ledger.fail(name, f"{type(error).__name__}: {error}")
         if isinstance(error, (PsfError, KeyboardInterrupt, SystemExit)):
             raise
         raise RenderError(f"block {name} of {store.path} failed: {type(error).__name__}: {error}") from error
@@ -79,7 +88,7 @@ class Block:
     """One block in the making: its small arrays whole, its kernels group by group."""
 
     def __init__(self, engine: Engine, plan: Plan, index: int) -> None:
-        self.engine, self.plan, self.spec = engine, plan, plan.spec
+        self.engine, self.plan, self.index, self.spec = engine, plan, index, plan.spec
         self.place = self.spec.block_at(index)
         coords = plan.coords
         self.depth_mm = float(coords["depth"][self.place["depth"]])
@@ -133,18 +142,13 @@ class Block:
                     )
         for name, values in self.small.items():
             sizes = zip(spec.dims(name), spec.shape(name), strict=True)
-            sides = [1 if dim in self.place else size for dim, size in sizes]
-            store.write(name, values.reshape(sides), **self._here)
+            store.write(self.index, name, values.reshape([1 if dim in self.place else size for dim, size in sizes]))
         return {
             "rays": rays,
             "seconds_tracing": round(tracing_s, 3),
             "seconds_writing": round(writing_s, 3),
             "diffraction": self.blur.summary,
         }
-
-    @property
-    def _here(self) -> dict[str, slice]:
-        return {dim: slice(i, i + 1) for dim, i in self.place.items()}
 
     def _points_of(self, band: int) -> NDArray[np.int64]:
         size = self.spec.band_rows * self.columns
@@ -186,7 +190,7 @@ class Block:
         rows = slice(band * self.spec.band_rows, (band + 1) * self.spec.band_rows)
         shape = [1 if dim in self.place else -1 if dim == "focus" else 0 for dim in self.spec.dims(name)]
         shape[shape.index(0) :] = data.shape[-5:]
-        store.write(name, data.reshape(shape), focus=focuses, field_y=rows, **self._here)
+        store.write(self.index, name, data.reshape(shape), focus=focuses, field_y=rows)
 
     def _fill(
         self,

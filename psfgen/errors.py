@@ -1,4 +1,4 @@
-"""What a user is told on stderr: the exceptions, their one line and exit code, and progress.
+"""What a user is told on stderr, and how a user's signals are heard: exceptions, exit codes, progress, stops.
 
     PsfError                 exit 1   failed
     +-- ConfigError          exit 2   wrong usage, option or config value
@@ -18,11 +18,18 @@ A message names what is wrong, the value that was given and the way out, in one 
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
+
+INTERRUPTED = "interrupted; what is finished is kept, the same command goes on from there"
+# SLURM's notices before a time limit or a preemption (NCCL may use SIGUSR1 itself, so SIGUSR2 is the one to send).
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class PsfError(Exception):
@@ -96,14 +103,13 @@ def report(command: Callable[[], Any], argv: list[str] | None = None) -> int:
     except PsfError as error:
         caught, code, line = error, error.exit_code, str(error)
     except KeyboardInterrupt as error:
-        caught, code = error, 1
-        line = "interrupted; what is finished is kept, the same command goes on from there"
+        caught, code, line = error, 1, INTERRUPTED
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except Exception as error:
         caught = error
-        if type(error).__name__ == "Abort":
-            code, line = 1, "interrupted"
+        if type(error).__name__ == "Abort":  # what click makes of a KeyboardInterrupt
+            code, line = 1, INTERRUPTED
         elif hasattr(error, "format_message"):  # click's own usage errors; this module stays free of click
             code, line = 2, str(error.format_message())
         else:
@@ -119,6 +125,25 @@ def report(command: Callable[[], Any], argv: list[str] | None = None) -> int:
     if "--json" in arguments:
         print(json.dumps({"schema": 1, "ok": False, "error": line, "exit_code": code}, indent=2))
     return code
+
+
+@contextmanager
+def stop_signals(numbers: Iterable[signal.Signals] = STOP_SIGNALS) -> Iterator[list[str]]:
+    """Collect the names of the signals that ask for a stop, instead of dying of them.
+
+    Only a main thread hears signals; in any other nothing is collected.
+    """
+    caught: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    handler: Callable[..., None] = lambda number, frame: caught.append(signal.Signals(number).name)  # noqa: E731
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield caught
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def progress(total: int, description: str, unit: str, initial: int = 0) -> Any:

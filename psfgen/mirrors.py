@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from psfgen.optics.blocks import plain
+from psfgen.optics.blocks import jit
 
 Array = NDArray[np.float64]
 
@@ -47,7 +47,7 @@ def fold(field_x: Array, field_y: Array, sensor_mm: tuple[float, float], *, symm
     return Folding(row * len(field_x) + column, swap, flip_x, flip_y)
 
 
-@plain
+@jit
 def unfold(kernels, source, swap, flip_x, flip_y, at, out):  # type: ignore[no-untyped-def]
     """Write the kernels [U, F, W, k, k] of the representatives `source` [P] to out[:, at[P]] [F, points, W, k, k].
 

@@ -35,11 +35,10 @@ RAYS = 64
 X, Y, Z, DX, DY, DZ, OK, T, SLOPE, MISS = (row * RAYS for row in range(10))
 ROWS = 10
 
-# Loops over one array, and sums: no `nnan`, since rays that miss a surface become NaN, and are told by it.
-jit: Any = njit(cache=True, nogil=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")
-# Loops that read some arrays and write others: of these the compiler keeps a plain and a vectorised form and takes the
-# one or the other by where the arrays lie in memory, so nothing may be rounded differently in the two.
-plain: Any = njit(cache=True, nogil=True, fastmath={"nsz"}, error_model="numpy")
+# Nothing may be rounded otherwise than it is written, so neither `contract` nor `reassoc`: what the compiler makes of
+# them differs between the process that compiles and those that find the result in numba's cache, and, in loops over
+# several arrays, with where these lie in memory. No `nnan` either: rays that miss a surface become NaN.
+jit: Any = njit(cache=True, nogil=True, fastmath={"nsz"}, error_model="numpy")
 
 
 @jit
@@ -91,9 +90,13 @@ def _sphere(b, table, square):  # type: ignore[no-untyped-def]
 
 @jit
 def _asphere(b, table, square, settled):  # type: ignore[no-untyped-def]
-    """From the sphere of the base curvature, as DeepLens, by Newton steps until every ray of the block has settled."""
+    """From the sphere of the base curvature, as DeepLens, by Newton steps until every ray of the block has settled.
+
+    A ray that has settled stays where it is while the others go on: its bits must not depend on who is beside it.
+    """
     one, two, zero = b.dtype.type(1), b.dtype.type(2), b.dtype.type(0)
     half, tiny, reach = b.dtype.type(0.5), b.dtype.type(1e-12), b.dtype.type(2.2 if square else 1.1)
+    unsettled = b.dtype.type(np.inf)
     c, k1, mu, rim2 = table[CURVATURE], table[CONIC1], table[INDEX_RATIO], table[RIM2]
     mu2, k1c2 = mu * mu, k1 * c * c
     a0, a1, a2, a3, a4 = table[COEF], table[COEF + 1], table[COEF + 2], table[COEF + 3], table[COEF + 4]
@@ -106,6 +109,7 @@ def _asphere(b, table, square, settled):  # type: ignore[no-untyped-def]
         root2 = g * g - c * f
         b[X + i], b[Y + i] = x, y
         b[T + i] = f / (g + sqrt(root2 if root2 > zero else zero))
+        b[SLOPE + i], b[MISS + i] = zero, unsettled
     for _ in range(NEWTON_STEPS):
         moving = 0
         for i in range(RAYS):
@@ -136,9 +140,10 @@ def _asphere(b, table, square, settled):  # type: ignore[no-untyped-def]
             slope = half * c / root + p + r2 * q  # of the sag, by r^2
             miss = t * dz - r2 * (c / (one + root) + p)
             step = miss / (dz - two * slope * (x * dx + y * dy))
-            b[T + i] = t - step
-            b[SLOPE + i] = slope
-            b[MISS + i] = miss
+            done = abs(b[MISS + i]) <= settled
+            b[T + i] = t if done else t - step
+            b[SLOPE + i] = b[SLOPE + i] if done else slope
+            b[MISS + i] = miss = b[MISS + i] if done else miss
             moving += (abs(miss) > settled) & (b[OK + i] > zero) & (r2 < reach * rim2)
         if moving == 0:
             break
@@ -162,13 +167,13 @@ def _asphere(b, table, square, settled):  # type: ignore[no-untyped-def]
 
 @jit
 def _cubic(b, table, square, settled):  # type: ignore[no-untyped-def]
-    one, zero = b.dtype.type(1), b.dtype.type(0)
+    one, zero, unsettled = b.dtype.type(1), b.dtype.type(0), b.dtype.type(np.inf)
     three, five, seven = b.dtype.type(3), b.dtype.type(5), b.dtype.type(7)
     mu, rim2 = table[INDEX_RATIO], table[RIM2]
     mu2 = mu * mu
     b3, b5, b7 = table[COEF], table[COEF + 1], table[COEF + 2]
     for i in range(RAYS):
-        b[T + i] = -b[Z + i] / b[DZ + i]
+        b[T + i], b[MISS + i] = -b[Z + i] / b[DZ + i], unsettled
     for _ in range(NEWTON_STEPS):
         moving = 0
         for i in range(RAYS):
@@ -180,8 +185,9 @@ def _cubic(b, table, square, settled):  # type: ignore[no-untyped-def]
                 x2 * (three * b3 + x2 * (five * b5 + x2 * seven * b7)),
                 y2 * (three * b3 + y2 * (five * b5 + y2 * seven * b7)),
             )
-            b[T + i] = t - miss / (dz - sx * dx - sy * dy)
-            b[MISS + i] = miss
+            done = abs(b[MISS + i]) <= settled
+            b[T + i] = t if done else t - miss / (dz - sx * dx - sy * dy)
+            b[MISS + i] = miss = b[MISS + i] if done else miss
             moving += (abs(miss) > settled) & (b[OK + i] > zero)
         if moving == 0:
             break

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from psfgen.optics.blocks import DX, DY, DZ, OK, RAYS, ROWS, X, Y, Z, plain, trace_block, trace_rays
+from psfgen.optics.blocks import DX, DY, DZ, OK, RAYS, ROWS, X, Y, Z, jit, trace_block, trace_rays
 from psfgen.optics.lens import Rays
 from psfgen.optics.trace import SETTLED_MM, Bundles, PupilPoints, TorchTracer
 
@@ -18,7 +18,7 @@ HIT_X, HIT_Y, SLOPE_X, SLOPE_Y, VALID = range(5)
 EDGE, MISSED = -1, -2
 
 
-@plain
+@jit
 def _launch(b, pupil_xy, start, centre, axes, disc2, inverse, slope, vertex_z):  # type: ignore[no-untyped-def]
     """Fill a block: from pupil points of the unit disc to rays in the plane of the first vertex."""
     one, zero = b.dtype.type(1), b.dtype.type(0)
@@ -35,7 +35,7 @@ def _launch(b, pupil_xy, start, centre, axes, disc2, inverse, slope, vertex_z): 
         b[OK + i] = one if x * x + y * y <= disc2 else zero
 
 
-@plain
+@jit
 def _splat(hits, filled, geometry, pitch_mm, kernel_px, corner, cell, share, image):  # type: ignore[no-untyped-def]
     """Deposit a chunk of hits on the two images [2, k * k] of a target, by bilinear shares; returns their sum.
 
@@ -85,7 +85,7 @@ def _splat(hits, filled, geometry, pitch_mm, kernel_px, corner, cell, share, ima
     return weight
 
 
-@plain
+@jit
 def _deposit(  # type: ignore[no-untyped-def]
     kind, flags, shapes, settled,
     pupil_xy, count, vertex_z, disc2, inverse,

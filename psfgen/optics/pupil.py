@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from psfgen.errors import LensError
-from psfgen.optics.blocks import plain
+from psfgen.optics.blocks import jit
 from psfgen.optics.lens import LAUNCH_Z_MM, Lens, Rays
 from psfgen.optics.trace import Tracer
 
@@ -149,7 +149,7 @@ def launch_areas(
     return disc * centres, disc * axes
 
 
-@plain
+@jit
 def _ellipses(open_PN, unit, enough, margin, centres, axes):  # type: ignore[no-untyped-def]
     """Put an ellipse about the open ones of the points `unit` [N, 2], where few enough are open.
 

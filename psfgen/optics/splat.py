@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from psfgen.optics.blocks import jit, plain
+from psfgen.optics.blocks import jit
 
 Array = NDArray[np.float64]
 Single = NDArray[np.float32]
@@ -111,7 +111,7 @@ def weights(halves: NDArray[np.float32]) -> Array:
     return found
 
 
-@plain
+@jit
 def _weights(lines, found):  # type: ignore[no-untyped-def]
     per = len(lines) // len(found)
     for n in range(len(found)):
@@ -158,7 +158,7 @@ def _noise(even, odd, margin):  # type: ignore[no-untyped-def]
     return min(margin * np.sqrt(difference / energy) / 2, MOST_NOISE), energy, weight
 
 
-@plain
+@jit
 def _sampling(halves, slots, margin, found):  # type: ignore[no-untyped-def]
     for n in range(len(slots)):
         noise, energy, weight = _noise(halves[slots[n], 0], halves[slots[n], 1], margin)
@@ -186,7 +186,7 @@ def _moments(even, odd):  # type: ignore[no-untyped-def]
     return across, down, moment
 
 
-@plain
+@jit
 def _binned(image, first, share, lines, turned, out):  # type: ignore[no-untyped-def]
     """The image in bins, as out[bx, by]: rows first, then the rows of what that gives, turned over."""
     _bin_rows(image, first, share, lines)
@@ -196,7 +196,7 @@ def _binned(image, first, share, lines, turned, out):  # type: ignore[no-untyped
     _bin_rows(turned, first, share, out)
 
 
-@plain
+@jit
 def _bin_rows(image, first, share, out):  # type: ignore[no-untyped-def]
     """Add up rows: row i gives the shares share[i] to the bins first[i] and the next."""
     out[:] = 0
@@ -208,7 +208,7 @@ def _bin_rows(image, first, share, out):  # type: ignore[no-untyped-def]
                     out[into, i] += weight * image[row, i]
 
 
-@plain
+@jit
 def _normalise(halves, first, share, margins, psf, binned, found):  # type: ignore[no-untyped-def]
     k, bins = psf.shape[-1], binned.shape[-1]
     parts = np.empty((2, bins, bins), np.float32)

@@ -12,10 +12,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from psfgen.errors import StoreError
 
 SCHEMA_VERSION = "1.0"
 SCHEMA_NAME = "psfgen"
@@ -122,16 +125,21 @@ class StoreSpec:
         return tuple(len(self.coords[dim]) for dim in self.dims(name))
 
     def chunks(self, name: str) -> tuple[int, ...]:
-        """Chunk shape: `psf` and `psf_binned` by bands of field rows, every other array one chunk a block."""
+        """Chunk shape: `psf` and `psf_binned` by bands of field rows, every other array one chunk a block.
+
+        The attribute `chunks` {dim: size}, which rechunked stores have, replaces sizes of `psf` and `psf_binned`.
+        """
         shape = dict(zip(self.dims(name), self.shape(name), strict=True))
         shape.update(dict.fromkeys(self.block_dims, 1))
         if name in BANDED:
             shape["field_y"] = self.band_rows
         if name == "psf":
             shape["focus"] = 1
+        if name in BANDED:
+            shape.update(self.attrs.get("chunks", {}))
         return tuple(shape[dim] for dim in self.dims(name))
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[str, ...]:
         """Names of the blocks, in the order of their numbers: copy by copy, depth by depth."""
         places = map(self.block_at, range(math.prod(len(self.coords[dim]) for dim in self.block_dims)))
@@ -147,6 +155,15 @@ class StoreSpec:
         place = np.unravel_index(index, tuple(len(self.coords[dim]) for dim in self.block_dims))
         return {dim: int(at) for dim, at in zip(self.block_dims, place, strict=True)}
 
+    def block_number(self, place: Mapping[str, int]) -> int:
+        """The index of the block that lies at `place`: the inverse of `block_at`."""
+        sizes = tuple(len(self.coords[dim]) for dim in self.block_dims)
+        return int(np.ravel_multi_index(tuple(place[dim] for dim in self.block_dims), sizes))
+
+    def identity(self, block: int) -> dict[str, Any]:
+        """What names a block in the ledger."""
+        return {"block": self.blocks[block], "index": block, "plan_sha256": self.attrs["plan_sha256"]}
+
     @property
     def _leading(self) -> tuple[str, ...]:
         return ("copy",) if "copy" in self.coords else ()
@@ -157,6 +174,21 @@ class StoreSpec:
         rows = len(self.coords["field_y"])
         row_bytes = 4 * math.prod(len(self.coords[dim]) for dim in ("field_x", "wavelength", "ky", "kx"))
         return max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * row_bytes <= PSF_CHUNK_BYTES))
+
+
+def beside(dims: tuple[str, ...]) -> list[str]:
+    """The coordinates of an array that are not named as a dim of it (CF's `coordinates` attribute)."""
+    return [name for name, dim in COORD_DIMS.items() if dim in dims]
+
+
+def require_known(attrs: Mapping[str, Any], path: object) -> None:
+    """Raise StoreError for the attributes of something else, or of a major version that is not known."""
+    version = str(attrs.get("schema_version", "none"))
+    if attrs.get("schema") != SCHEMA_NAME or version.split(".")[0] != SCHEMA_VERSION[0]:
+        raise StoreError(
+            f"{path} has schema {attrs.get('schema', 'unknown')} version {version}; "
+            f"this psfgen reads {SCHEMA_NAME} version {SCHEMA_VERSION[0]}.x"
+        )
 
 
 def plain(value: Any) -> Any:

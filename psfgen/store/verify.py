@@ -4,32 +4,45 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
-from psfgen.errors import StoreCorrupt, StoreIncomplete
+from psfgen.errors import StoreCorrupt, StoreError
 from psfgen.store import schema
 from psfgen.store.open import Store
 
 SUM_TOLERANCE = 1e-4
 
 
-def problems(store: Store, on_block: Callable[[], object] = lambda: None) -> Iterator[str]:
-    """Every fault found, one line each; missing blocks are no fault. Reads the store block by block.
+@dataclass(frozen=True)
+class Problem:
+    """One fault: what it is, and the block that is to be rendered again for it, if one is."""
+
+    text: str
+    block: str | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def problems(store: Store, on_block: Callable[[], object] = lambda: None) -> Iterator[Problem]:
+    """Every fault found; missing blocks are no fault. Reads the store block by block.
 
     `on_block()` is called after each committed block.
     """
     faults = [*_structure(store), *_provenance(store)]
-    yield from faults
+    yield from map(Problem, faults)
     if faults:
         return
     done = store.ledger.done()
     for name in sorted(done - set(store.blocks)):
-        yield f"ledger: block {name} is not one of this store's"
+        yield Problem(f"ledger: block {name} is not one of this store's", name)
     for index, name in enumerate(store.blocks):
         if name in done:
             broken = list(_checksums(store, index))
-            yield from broken or _values(store, index)
+            for text in broken or _values(store, index):
+                yield Problem(text, name)
             on_block()
 
 
@@ -50,9 +63,9 @@ def _structure(store: Store) -> Iterator[str]:
             yield f"{name} has shape {shape}, its coordinates say {tuple(expected)}"
 
 
-def _fault(error: StoreCorrupt) -> str:
-    """What is wrong, without the advice to run `psfgen verify`."""
-    return str(error).partition("; `psfgen verify")[0]
+def _fault(error: StoreError) -> str:
+    """What is wrong, without the way out, which `psfgen verify` tells once for all."""
+    return str(error).partition("; `psfgen ")[0]
 
 
 def _provenance(store: Store) -> Iterator[str]:
@@ -67,7 +80,7 @@ def _checksums(store: Store, index: int) -> Iterator[str]:
     name = store.blocks[index]
     try:
         entry = store.ledger.read(name)
-    except StoreCorrupt as error:
+    except StoreError as error:
         yield _fault(error)
         return
     if entry.get("plan_sha256") != store.attrs.get("plan_sha256"):
@@ -76,7 +89,7 @@ def _checksums(store: Store, index: int) -> Iterator[str]:
     for relative in store.chunk_files(index):
         try:
             found = store.chunk_crc32c(relative)
-        except (StoreCorrupt, StoreIncomplete) as error:
+        except StoreError as error:
             yield f"block {name}: {error}"
             continue
         if chunks.get(relative) != found:
@@ -85,7 +98,8 @@ def _checksums(store: Store, index: int) -> Iterator[str]:
 
 def _values(store: Store, index: int) -> Iterator[str]:
     """NaN exactly where no ray arrives; kernels non-negative and summing to 1; shares within [0, 1]."""
-    name, here = store.blocks[index], store.spec.block_at(index)
+    name = store.blocks[index]
+    here: dict[str, int | slice] = {**store.spec.block_at(index)}
     try:
         throughput = store.read("throughput", **here)
         captured = store.read("captured", **here)
@@ -101,8 +115,9 @@ def _values(store: Store, index: int) -> Iterator[str]:
                 yield f"block {name}: {what} is not finite"
         for what in ("psf", "psf_binned"):
             for focus in range(len(store.coords["focus"])):
-                yield from _kernels(f"block {name}: {what}", store.read(what, focus=focus, **here), dark[focus])
-    except StoreCorrupt as error:
+                kernels = store.read(what, **{**here, "focus": focus})
+                yield from _kernels(f"block {name}: {what}", kernels, dark[focus])
+    except StoreError as error:
         yield _fault(error)
 
 

@@ -1,13 +1,12 @@
-"""A store as a Zarr v3 group on a local disk: every block owns whole chunk files, so writers need no locks."""
+"""A store as a Zarr v3 group: every block owns whole chunk files, so writers need no locks."""
 
 from __future__ import annotations
 
-import json
-import shutil
+import tempfile
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,30 +20,31 @@ from zarr.errors import BaseZarrError, ChunkNotFoundError, ZarrUserWarning
 
 from psfgen.errors import StoreCorrupt, StoreError, StoreIncomplete
 from psfgen.store import schema
-from psfgen.store.ledger import Ledger
+from psfgen.store.ledger import SEALED, Ledger, Seal
+from psfgen.store.place import LocalFolder, RemoteFolder, folder_of, is_url
 
 # An absent chunk must never read as data, and a chunk full of NaN must still be written.
-STRICT = {"array.read_missing_chunks": False, "array.write_empty_chunks": True}
+STRICT: Any = {"read_missing_chunks": False, "write_empty_chunks": True}
 
 
 class ZarrStore:
-    """One store, open for reading and for writing whole blocks.
+    """One store, open for reading and for writing whole blocks. `path` is a folder on a disk or an fsspec URL.
 
     Raises StoreError (not a store, not writable), StoreCorrupt, StoreIncomplete.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.ledger = Ledger(path)
-        with _errors_of(path):
-            self.group = zarr.open_group(store=str(path), mode="r+", use_consolidated=False)
+    format = "zarr"
+
+    def __init__(self, path: str | Path, seal: Seal | None = None) -> None:
+        self.path = str(path)
+        self.folder = folder_of(path)
+        self.ledger = Ledger(self.folder, f"psfgen repair {path}")
+        self.seal = seal or self.sealed(path)
+        self.seal.check(path, f"psfgen repair {path}")
+        with _errors_of(self.path):
+            self.group = zarr.open_group(store=self._place(), mode="r+", use_consolidated=False)
             self.attrs: dict[str, Any] = dict(self.group.attrs)
-        version = str(self.attrs.get("schema_version", "none"))
-        if self.attrs.get("schema") != schema.SCHEMA_NAME or version.split(".")[0] != schema.SCHEMA_VERSION[0]:
-            raise StoreError(
-                f"{path} has schema {self.attrs.get('schema', 'unknown')} version {version}; "
-                f"this psfgen reads {schema.SCHEMA_NAME} version {schema.SCHEMA_VERSION[0]}.x"
-            )
+        schema.require_known(self.attrs, self.path)
         self._arrays: dict[str, Any] = {}
         held = [name for name in schema.COORD_ATTRS if name != "copy" or "copy" in self.group]
         self.coords: dict[str, NDArray[np.float64]] = {name: self.read(name) for name in held}
@@ -52,29 +52,86 @@ class ZarrStore:
         self.blocks = self.spec.blocks
 
     @staticmethod
-    def is_store(path: Path) -> bool:
-        """Whether a Zarr group stands at `path`."""
-        return (path / "zarr.json").is_file()
+    def is_store(path: str | Path) -> bool:
+        """Whether a store stands at `path`; behind a URL its root is the last to arrive."""
+        folder = folder_of(path)
+        if is_url(path):
+            return folder.exists(SEALED) and folder.exists("zarr.json")
+        return folder.exists(SEALED) or (folder.exists("zarr.json") and folder.exists("ledger"))
+
+    @staticmethod
+    def sealed(path: str | Path) -> Seal:
+        """The seal of the store at `path`, which need not be sound."""
+        return Seal.read(folder_of(path), folder_of(path), f"psfgen repair {path}")
 
     @classmethod
-    def create(cls, path: Path, spec: schema.StoreSpec) -> ZarrStore:
+    def reseal(cls, path: str | Path) -> None:
+        """Make the seal anew, from metadata that must be what their own content is laid out as.
+
+        Raises StoreCorrupt where they are not.
+        """
+        folder = folder_of(path)
+        store = cls(path, Seal(folder, {}))
+        with tempfile.TemporaryDirectory() as temporary:
+            _lay_out(Path(temporary), store.spec)
+            seal = Seal(folder, cls.sealed(temporary).files)
+        seal.check(path, f"psfgen render --out {path} --overwrite")
+        folder.write(SEALED, Seal.document(seal.files))
+
+    @classmethod
+    def create(cls, path: str | Path, spec: schema.StoreSpec) -> ZarrStore:
         """Lay out an empty store, then let it appear at `path` at once.
 
         Where another process was first, its store is opened instead: the caller compares the plans.
         """
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        with _errors_of(path):
-            try:
-                temporary.parent.mkdir(parents=True, exist_ok=True)
-                _lay_out(temporary, spec)
-                temporary.rename(path)
-            except OSError as error:
-                if not cls.is_store(path):
-                    reason = error.strerror or str(error)
-                    raise StoreError(f"store {path} cannot be made: {reason}; choose another --out") from None
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        (cls._create_remote if is_url(path) else cls._create_local)(path, spec)
         return cls(path)
+
+    @classmethod
+    def _create_local(cls, path: str | Path, spec: schema.StoreSpec) -> None:
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _errors_of(str(path)):
+                _lay_out(temporary, spec)
+            temporary.rename(path)
+        except OSError as error:
+            if not cls.is_store(path):
+                reason = error.strerror or str(error)
+                raise StoreError(f"store {path} cannot be made: {reason}; choose another --out") from None
+        finally:
+            with suppress(StoreError):
+                LocalFolder(path.parent).remove(temporary.name)
+
+    @classmethod
+    def _create_remote(cls, path: str | Path, spec: schema.StoreSpec) -> None:
+        """The first seal to arrive wins; its files follow, from whoever comes by, the root last of all."""
+        folder = folder_of(path)
+        with tempfile.TemporaryDirectory() as temporary:
+            _lay_out(Path(temporary), spec)
+            folder.create(SEALED, LocalFolder(Path(temporary)).read(SEALED))
+        seal = cls.sealed(path)
+        for name in sorted(seal.files, key=lambda name: name == "zarr.json"):
+            folder.write(name, seal.files[name][0])
+
+    @staticmethod
+    def remove(path: str | Path) -> None:
+        """Take a store away at once, then delete it."""
+        if is_url(path):
+            folder = folder_of(path)
+            folder.remove("zarr.json")
+            for entry in folder.names("ledger"):  # before the chunks, so that a kill leaves no block done that is not
+                folder.remove(f"ledger/{entry}")
+            folder.remove("")
+            return
+        path = Path(path)
+        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
+        try:
+            path.rename(aside)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be overwritten: {error.strerror}") from None
+        LocalFolder(path.parent).remove(aside.name)
 
     def read(self, name: str, **index: int | slice) -> NDArray[Any]:
         """An array, or the part of it that `index` picks by dim name; int and slice as in numpy.
@@ -86,12 +143,16 @@ class ZarrStore:
         with _errors_of(self.path, name):
             return np.asarray(array[key])
 
-    def write(self, name: str, data: NDArray[Any], **index: slice) -> None:
-        """Write `data` where `index` says; it must cover whole chunks."""
+    def write(self, block: int, name: str, data: NDArray[Any], **index: slice) -> None:
+        """Write `data`, which has every dim of the array, into a block; it must cover whole chunks."""
         array = self._array(name)
+        index = {**index, **{dim: slice(at, at + 1) for dim, at in self.spec.block_at(block).items()}}
         key = tuple(index.get(dim, slice(None)) for dim in array.metadata.dimension_names)
         with _errors_of(self.path, name):
             array[key] = data
+
+    def abandon(self, block: int) -> None:
+        """Give up a block that was begun: its chunks stay, and count for nothing."""
 
     def chunk_files(self, block: int) -> list[str]:
         """Paths, relative to the store, of the chunk files that a block owns."""
@@ -110,9 +171,9 @@ class ZarrStore:
         file would be the same. Raises StoreIncomplete if the file is not there, StoreCorrupt if the two differ.
         """
         try:
-            data = (self.path / relative).read_bytes()
+            data = self.folder.read(relative)
         except FileNotFoundError:
-            raise StoreIncomplete(f"{self.path}: chunk {relative} is missing; render again to make it") from None
+            raise StoreIncomplete(f"{self.path}: chunk {relative} is missing") from None
         found = google_crc32c.value(data[:-4])
         if found.to_bytes(4, "little") != data[-4:]:
             raise StoreCorrupt(f"{self.path}: chunk {relative} does not have the CRC32C it ends with")
@@ -120,9 +181,9 @@ class ZarrStore:
 
     def commit(self, block: int, entry: Mapping[str, Any]) -> None:
         """Declare a block done, with the checksums of what it wrote."""
+        self.seal.require_ours(self.folder, self.path)
         chunks = {relative: self.chunk_crc32c(relative) for relative in self.chunk_files(block)}
-        identity = {"block": self.blocks[block], "index": block, "plan_sha256": self.attrs["plan_sha256"]}
-        self.ledger.commit(self.blocks[block], {**identity, "chunks": chunks, **entry})
+        self.ledger.commit(self.blocks[block], {**self.spec.identity(block), "chunks": chunks, **entry})
 
     def missing(self) -> list[int]:
         """Indices of the blocks that are not committed."""
@@ -131,25 +192,24 @@ class ZarrStore:
 
     def finalise(self) -> None:
         """Consolidate the metadata, once the last block has landed. Doing it again changes nothing."""
-        with _errors_of(self.path):
-            if "consolidated_metadata" in json.loads((self.path / "zarr.json").read_text(encoding="utf-8")):
-                return
-        with warnings.catch_warnings():
-            # zarr warns that consolidation is young in format 3, and that `ledger/` or the
-            # rest of a killed write is none of its own.
-            warnings.filterwarnings("ignore", message="Consolidated metadata", category=ZarrUserWarning)
-            warnings.filterwarnings("ignore", message="Object at", category=ZarrUserWarning)
-            with _errors_of(self.path):
-                zarr.consolidate_metadata(str(self.path))
+        consolidated = self.seal.files["zarr.json"][-1]
+        if self.folder.read("zarr.json") != consolidated:
+            self.folder.write("zarr.json", consolidated)
+
+    def _place(self) -> Any:
+        if isinstance(self.folder, RemoteFolder):
+            return zarr.storage.FsspecStore.from_url(self.folder.url)
+        return self.path
 
     def _array(self, name: str) -> Any:
         if name not in self._arrays:
             with _errors_of(self.path, name):
-                self._arrays[name] = self.group[name]
+                self._arrays[name] = self.group[name].with_config(STRICT)  # type: ignore[union-attr]
         return self._arrays[name]
 
 
 def _lay_out(path: Path, spec: schema.StoreSpec) -> None:
+    """Write the metadata and the coordinates of an empty store, and seal them with what consolidation will write."""
     codecs: Any = (ZstdCodec(level=1), Crc32cCodec())
     group = zarr.create_group(store=str(path), attributes=schema.plain(spec.attrs))
     for name, coordinate in spec.coords.items():
@@ -175,22 +235,26 @@ def _lay_out(path: Path, spec: schema.StoreSpec) -> None:
             compressors=codecs,
             fill_value=float("nan"),
             dimension_names=dims,
-            attributes={**schema.ARRAY_ATTRS[name], "coordinates": " ".join(_beside(dims))},
+            attributes={**schema.ARRAY_ATTRS[name], "coordinates": " ".join(schema.beside(dims))},
         )
-
-
-def _beside(dims: tuple[str, ...]) -> list[str]:
-    """The coordinates of an array that are not named as a dim of it (CF's `coordinates` attribute)."""
-    return [name for name, dim in schema.COORD_DIMS.items() if dim in dims]
+    folder = LocalFolder(path)
+    forms = {file: [folder.read(file)] for file in (str(f.relative_to(path)) for f in path.rglob("*") if f.is_file())}
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Consolidated metadata", category=ZarrUserWarning
+        )  # young in format 3
+        zarr.consolidate_metadata(str(path))
+    forms["zarr.json"].append(folder.read("zarr.json"))
+    folder.write(SEALED, Seal.document(forms))
+    folder.write("zarr.json", forms["zarr.json"][0])
 
 
 @contextmanager
-def _errors_of(path: Path, array: str = "") -> Iterator[None]:
-    """Strict zarr settings, and zarr's and the disk's errors as ours."""
+def _errors_of(path: str, array: str = "") -> Iterator[None]:
+    """zarr's and the disk's errors as ours."""
     where = f"{path}: {array}" if array else str(path)
     try:
-        with zarr.config.set(STRICT):
-            yield
+        yield
     except ChunkNotFoundError:
         raise StoreIncomplete(f"{where} has missing chunks; `psfgen status {path}` shows which blocks") from None
     except PermissionError:
