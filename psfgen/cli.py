@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from psfgen import __version__
-from psfgen.errors import ConfigError, progress, report
+from psfgen.errors import ConfigError, progress, report, stop_signals
 
 if TYPE_CHECKING:
     from psfgen.store import Store
@@ -82,9 +83,10 @@ def config_options(command: Command) -> Command:
             ("--device", {"metavar": "D", "help": "auto, cpu, cuda or cuda:i."}),
             ("--workers", {"type": int, "help": "Processes. [one with a thread a core, or what the tracer needs]"}),
             ("--memory-mib", {"type": int, "help": "Most memory above the imports. [512]"}),
-            ("--out", {"metavar": "STORE", "help": "The store. [psfs.zarr]"}),
-            ("--format", {"metavar": "NAME", "help": "Format of the store. [zarr]"}),
-            ("--executor", {"metavar": "NAME", "help": "Where the blocks run. [local]"}),
+            ("--out", {"metavar": "STORE", "help": "The store: a path, or a URL such as s3://... [psfs.zarr]"}),
+            ("--format", {"metavar": "NAME", "help": "zarr or hdf5. [zarr, unless STORE ends in .h5]"}),
+            ("--executor", {"metavar": "NAME", "help": "Where the blocks run: local, dask or slurm. [local]"}),
+            ("--scheduler", {"metavar": "ADDRESS", "help": "A dask scheduler that runs; means --executor dask."}),
         ]
     ):
         command = click.option(flag, **kwargs)(command)  # type: ignore[arg-type]
@@ -113,39 +115,72 @@ def render(
 
     CONFIG is a YAML file of the same keys; options win over --set, --set over CONFIG.
     """
-    began = time.monotonic()
+    with stop_signals() as stopped:  # from the first moment: a queue may change its mind during the imports
+        job = _job(config, sets, flags)
+        shard = shard or (_array_shard() if job.executor == "local" else None)
+        if dry_run:
+            from psfgen.preview import preview
+
+            _answer("render", *preview(job, shard, overwrite=overwrite), as_json)
+            return 0
+        return _render(job, shard, overwrite, verbose, as_json, stopped)
+
+
+def _job(config: str | None, sets: tuple[str, ...], flags: dict[str, Any]) -> Any:
+    """The render job that a file, --set and the other options make."""
     from psfgen.config import RenderConfig, load_config
 
     given = {key: value for key, value in flags.items() if value is not None}
     given |= {key: _held(key, given[key], kind) for key, kind in FILES.items() if key in given}
+    if "scheduler" in given:
+        given = {"executor": "dask", **given, "dask.scheduler": given["scheduler"]}
+        del given["scheduler"]
     for one, other in (("spp", "tolerance"), ("tolerance", "spp")):  # a flag takes the other's place in CONFIG
         if one in given:
             given.setdefault(other, None)
-    job = load_config(RenderConfig, config, [*sets, *given.items()])
+    return load_config(RenderConfig, config, [*sets, *given.items()])
+
+
+def _array_shard() -> str | None:
+    """The share of this task, where it is one of a Slurm array."""
+    from psfgen.plan import array_shard
+
+    shard = array_shard(os.environ)
+    if shard is not None:
+        task, _, tasks = shard.partition("/")
+        click.echo(f"array task {int(task) + 1} of {tasks}: renders its share, as --shard {shard} would", err=True)
+    return shard
+
+
+def _render(job: Any, shard: str | None, overwrite: bool, verbose: bool, as_json: bool, stopped: list[str]) -> int:
+    began = time.monotonic()
 
     from psfgen import render as rendering
     from psfgen.shortfalls import shortfalls
     from psfgen.store.schema import plain
 
-    if dry_run:
-        return _dry_run(job, shard, as_json)
     bars: list[Any] = []
-
     started: list[float] = []
 
     def start(plan: Any, kernels: int) -> None:
         started.append(time.monotonic())
-        if kernels:
+        if kernels and job.executor != "slurm":
             bars.append(progress(kernels, f"render {plan.lens_name}", "psf"))
 
+    def on_kernels(count: int) -> None:
+        bars[0].update(count)
+
+    before = _submission(job)
     try:
         store = rendering.render(
-            job, shard=shard, overwrite=overwrite, on_start=start, on_kernels=lambda n: bars[0].update(n)
+            job, shard=shard, overwrite=overwrite, on_start=start, on_kernels=on_kernels, stopped=stopped
         )
     finally:
         for bar in bars:
             bar.close()
     missing = len(store.missing())
+    if missing and job.executor == "slurm":
+        return _submitted(job, before, as_json)
     warnings = list(shortfalls(store)) if not missing else []
     for warning in warnings:
         click.echo(f"warning: {warning}", err=True)
@@ -156,7 +191,7 @@ def render(
     _answer(
         "render",
         {
-            "paths": {"store": str(store.path)},
+            "paths": {"store": store.path},
             "complete": not missing,
             "plan_sha256": store.attrs["plan_sha256"],
             "config": plain(store.attrs["config"]),
@@ -165,6 +200,25 @@ def render(
         f"{store.path}: {did}{left}",
         as_json,
     )
+    return 0
+
+
+def _submission(job: Any) -> Any:
+    """What executor slurm submitted last for a job, if anything."""
+    from psfgen.executors import slurm
+
+    return slurm.submission(job.out) if job.executor == "slurm" else None
+
+
+def _submitted(job: Any, before: Any, as_json: bool) -> int:
+    """Say what was submitted, or that what was submitted before still runs, and how to follow it."""
+    last = _submission(job)
+    did = "is still in the queue" if last == before else f"submitted, and finaliser {last.finaliser} after it"
+    text = (
+        f"{job.out}: array job {last.array} ({len(last.indices)} {'task' if len(last.indices) == 1 else 'tasks'}) {did}"
+    )
+    document = {"complete": False, "slurm": {**vars(last), "submitted": last != before}, "paths": {"store": job.out}}
+    _answer("render", document, f"{text}\nfollow it: psfgen status {job.out} --watch", as_json)
     return 0
 
 
@@ -190,75 +244,47 @@ def _timing(store: Any, began: float, started: float) -> str:
     )
 
 
-def _dry_run(job: Any, shard: str | None, as_json: bool) -> int:
-    from psfgen.block import cut_block
-    from psfgen.engines import engine_class
-    from psfgen.executors import executor
-    from psfgen.plan import share
-    from psfgen.render import load, resolve_device
-    from psfgen.show import span
-    from psfgen.specimens import Specimens
-    from psfgen.store.open import store_class
+@cli.command()
+@click.argument("store", default="psfs.zarr")
+@common
+def finalise(store: str, verbose: bool, as_json: bool) -> int:
+    """Close a complete store: its metadata in one piece. Exits 3 while blocks are missing."""
+    from psfgen.store import open_store
 
-    engine_class(job.engine), executor(job.executor), store_class(job.format)
-    lens, plan = load(job, resolve_device(job.device))
-    blocks = len(share(plan.blocks, shard))
-    cut_block(Specimens(lens, plan).engine(0), plan, cores=1)
-    memory = plan.config.memory_mib * 2**20
-    effort = f"{plan.config.spp} rays a kernel" if plan.config.spp else f"noise at most {plan.config.tolerance:g}"
-    document = {
-        "config": plan.config.model_dump(),
-        "plan_sha256": plan.sha256,
-        "kernels": blocks * plan.kernels_per_block,
-        "blocks": blocks,
-        "bytes": plan.nbytes,
-        "memory_bytes": memory,
-        "paths": {"store": plan.config.out},
-    }
-    text = (
-        f"lens {lens.name}: EFL {lens.efl_mm:.3f} mm, F/{lens.fnum:.2f}\n"
-        f"depth {span(plan.coords['depth'])} mm, focus {span(plan.coords['focus'])} mm, "
-        f"wavelength {span(plan.coords['wavelength'])} um\n"
-        f"field x {span(plan.coords['field_x'])}, y {span(plan.coords['field_y'])} half sensor sides\n"
-        f"{plan.config.kernel_px} x {plan.config.kernel_px} samples of {plan.config.pitch_um:g} um, "
-        f"{effort}, tracer {plan.config.tracer}\n"
-        f"{document['kernels']} kernels in {blocks} {'block' if blocks == 1 else 'blocks'}; "
-        f"the store holds {plan.nbytes / 2**20:.0f} MiB before compression, "
-        f"rendering takes at most {plan.config.memory_mib} MiB of memory above the imports\n"
-        f"would be rendered into {plan.config.out}"
-    )
-    _answer("render", document, text, as_json)
+    opened = open_store(store)
+    opened.finalise()
+    _answer("finalise", {"paths": {"store": store}}, f"{store}: complete, {len(opened.blocks)} blocks", as_json)
     return 0
 
 
 @cli.command()
 @click.argument("store", default="psfs.zarr")
+@click.option("--watch", is_flag=True, help="Follow it until it is complete, or its Slurm array has ended.")
+@click.option("--every", metavar="S", type=click.FloatRange(min=0.1), help="Seconds between two looks.")
 @common
-def status(store: str, verbose: bool, as_json: bool) -> int:
-    """Say which blocks of a store are done. Exits 3 while some are missing."""
+def status(store: str, watch: bool, every: float | None, verbose: bool, as_json: bool) -> int:
+    """Say which blocks of a store are done, running, failed and missing. Exits 3 while some are missing."""
+    from psfgen.status import Status
     from psfgen.store import open_store
 
     opened = open_store(store, allow_incomplete=True)
-    total, missing = len(opened.blocks), len(opened.missing())
-    running, failed = opened.ledger.running(), opened.ledger.failed()
-    counts = {
-        "total": total,
-        "done": total - missing,
-        "running": len(running),
-        "failed": len(failed),
-        "missing": missing,
-    }
-    lines = [f"{store}: {counts['done']} of {total} blocks done, {len(running)} running, {len(failed)} failed"]
-    lines += [f"{block} failed: {error}" for block, error in sorted(failed.items())]
-    document = {"ok": not missing, "complete": not missing, "blocks": counts, "failed": failed}
-    _answer("status", {**document, "paths": {"store": store}}, "\n".join(lines), as_json)
-    return 3 if missing else 0
+    found = Status.of(opened)
+    while watch and not found.over:
+        terminal = sys.stderr.isatty()
+        click.echo(f"\033[H\033[2J{found.text}" if terminal else found.line, err=True)
+        time.sleep(every or (5 if terminal else 30))
+        found = Status.of(opened)
+    _answer("status", found.document, found.text, as_json)
+    return 3 if found.missing else 0
 
 
 @cli.command()
 @click.argument("store", default="psfs.zarr")
+@click.option("--deep", is_flag=True, help="Render a sample of the kernels again, and compare.")
+@click.option("--sample", type=click.IntRange(1), default=64, show_default=True, help="Field points that --deep takes.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Which --deep takes.")
 @common
-def verify(store: str, verbose: bool, as_json: bool) -> int:
+def verify(store: str, deep: bool, sample: int, seed: int, verbose: bool, as_json: bool) -> int:
     """Check schema, ledger, every checksum and every value. Exits 1 on a fault, 3 if incomplete."""
     from psfgen.store import open_store
     from psfgen.store.verify import problems
@@ -267,17 +293,66 @@ def verify(store: str, verbose: bool, as_json: bool) -> int:
     missing = len(opened.missing())
     bar = progress(len(opened.blocks) - missing, "verify", "block")
     try:
-        faults = list(problems(opened, on_block=bar.update))
+        faults = [str(problem) for problem in problems(opened, on_block=bar.update)]
     finally:
         bar.close()
+    checked = f"{bar.n} of {len(opened.blocks)} blocks checked"
+    cure = f"psfgen repair {store}"
+    if deep and not faults:
+        from psfgen.deep import differences
+
+        bar = progress(sample, "render again", "point")
+        try:
+            found = list(differences(opened, sample=sample, seed=seed, on_point=bar.update))
+        finally:
+            bar.close()
+        faults = [text for _, text in found]
+        cure += "".join(f" --drop {block}" for block in dict.fromkeys(block for block, _ in found))
+        checked += f", {bar.n} field points rendered again"
     state = "corrupt" if faults else "incomplete" if missing else "sound"
-    lines = [f"{store}: {state}, {bar.n} of {len(opened.blocks)} blocks checked", *faults]
+    lines = [f"{store}: {state}, {checked}", *faults]
     if faults:
-        lines.append(f"to mend a block: delete {store}/ledger/BLOCK.json and run the same render again")
+        lines.append(f"to mend it: {cure}, then run the same render again")
     document = {"ok": not faults and not missing, "complete": not missing, "problems": faults}
     document["paths"] = {"store": store}
     _answer("verify", document, "\n".join(lines), as_json)
     return 1 if faults else 3 if missing else 0
+
+
+@cli.command()
+@click.argument("store", default="psfs.zarr")
+@click.option(
+    "--drop", multiple=True, metavar="BLOCK", help="Drop this block too (name or number), though it is sound."
+)
+@common
+def repair(store: str, drop: tuple[str, ...], verbose: bool, as_json: bool) -> int:
+    """Restore metadata, drop broken blocks so that `render` makes them again, sweep up after killed writers."""
+    from psfgen.store import open_store
+    from psfgen.store.repair import repair as mend
+
+    bars: list[Any] = []
+
+    def on_open(found: Store) -> Callable[[], object]:
+        bars.append(progress(len(found.blocks) - len(found.missing()), "verify", "block"))
+        return bars[0].update  # type: ignore[no-any-return]
+
+    try:
+        done = mend(store, drop, on_open)
+    finally:
+        for bar in bars:
+            bar.close()
+    opened = open_store(store, allow_incomplete=True)
+    missing = len(opened.missing())
+    lines = [
+        *(f"restored {name}" for name in done.restored),
+        *(f"dropped {text}" for text in done.dropped.values()),
+        *(f"removed {name}, which a killed writer left" for name in done.swept),
+    ]
+    total = len(opened.blocks)
+    end = f"{missing} of {total} blocks are missing, run the same `psfgen render` again" if missing else "complete"
+    document = {"complete": not missing, "paths": {"store": store}, **vars(done)}
+    _answer("repair", document, "\n".join([*lines, f"{store}: {end}"]), as_json)
+    return 0
 
 
 @cli.command()
@@ -308,8 +383,122 @@ def show(
     from psfgen.store import open_store
 
     opened: Store = open_store(store)
-    pages = contact_sheets(opened, Path(out or f"{opened.path.stem}.png"), depth=depth, focus=focus, copy=copy)
+    pages = contact_sheets(opened, Path(out or f"{Path(opened.path).stem}.png"), depth=depth, focus=focus, copy=copy)
     _answer("show", {"paths": {"pictures": [str(page) for page in pages]}}, "\n".join(map(str, pages)), as_json)
+    return 0
+
+
+@cli.command()
+@click.argument("store", default="psfs.zarr")
+@click.option("--to", metavar="NAME", required=True, help="hdf5, psf-densify, gridded (photutils) or csv.")
+@click.option("--out", metavar="FILE", required=True, help="The file.")
+@click.option("--depth", metavar="D", help="Depths to export. [all]")
+@click.option("--focus", metavar="D", help="Focus distances to export. [all]")
+@click.option("--wavelength", metavar="L", help="Wavelengths to export. [all]")
+@click.option("--copy", metavar="N", type=int, help="Which copy to export. [all]")
+@click.option("--overwrite", is_flag=True, help="Replace FILE where it exists.")
+@common
+def export(store: str, to: str, out: str, overwrite: bool, verbose: bool, as_json: bool, **selected: Any) -> int:
+    """Write a store, or the part that options select, for other programs."""
+    from psfgen import export as exporting
+    from psfgen.select import Selection
+    from psfgen.store import open_store
+
+    selection = Selection.of(open_store(store), **selected)
+    bars: list[Any] = []
+
+    def on_kernels(count: int) -> None:  # the bar comes with the first kernels, not before a refusal
+        if not bars:
+            bars.append(progress(selection.kernels, "export", "psf"))
+        bars[0].update(count)
+
+    try:
+        exporting.export(selection, to, Path(out), overwrite=overwrite, on_kernels=on_kernels)
+    finally:
+        for bar in bars:
+            bar.close()
+    nbytes = Path(out).stat().st_size
+    document = {"to": to, "kernels": selection.kernels, "bytes": nbytes, "paths": {"store": store, "out": out}}
+    _answer("export", document, f"{out}: {selection.kernels} kernels, {nbytes / 2**20:.1f} MiB", as_json)
+    return 0
+
+
+@cli.command()
+@click.argument("store", default="psfs.zarr")
+@click.option("--out", metavar="PNG", help="Draw the histograms and the mean kernels too.")
+@common
+def stats(store: str, out: str | None, verbose: bool, as_json: bool) -> int:
+    """Summarise every number of a store: light, energy, truncation, noise, with histograms."""
+    from psfgen.stats import draw, statistics, text
+    from psfgen.store import open_store
+
+    opened: Store = open_store(store)
+    document = statistics(opened)
+    lines = [text(document)]
+    if out:
+        title = f"{opened.attrs['lens']['name']}   {Path(opened.path).name}   {document['kernels']} kernels"
+        draw(document, title, Path(out))
+        document["paths"]["picture"] = out
+        lines.append(out)
+    del document["mean_psf"]
+    _answer("stats", document, "\n".join(lines), as_json)
+    return 0
+
+
+@cli.command()
+@click.argument("stores", nargs=-1, metavar="STORE STORE...")
+@click.option("--out", required=True, metavar="STORE", help="The store that is made.")
+@click.option("--along", metavar="DIM", help="The axis; needed for copies alone. [the one they differ along]")
+@click.option("--format", metavar="NAME", help="zarr or hdf5. [zarr, unless --out ends in .h5]")
+@click.option("--overwrite", is_flag=True, help="Start anew where the store exists.")
+@common
+def merge(
+    stores: tuple[str, ...],
+    out: str,
+    along: str | None,
+    format: str | None,
+    overwrite: bool,
+    verbose: bool,
+    as_json: bool,
+) -> int:
+    """Join stores that differ along one axis into one; run it again to finish what is missing."""
+    from psfgen.merge import merge as join
+
+    return _copied("merge", as_json, join, stores, out, along=along, format=format, overwrite=overwrite)
+
+
+@cli.command()
+@click.argument("store", default="psfs.zarr")
+@click.option("--out", required=True, metavar="STORE", help="The store that is made.")
+@click.option("--chunks", required=True, metavar="DIM=N,...", help="Sizes along focus, field_y, field_x, wavelength.")
+@click.option("--format", metavar="NAME", help="zarr or hdf5. [zarr, unless --out ends in .h5]")
+@click.option("--overwrite", is_flag=True, help="Start anew where the store exists.")
+@common
+def rechunk(
+    store: str, out: str, chunks: str, format: str | None, overwrite: bool, verbose: bool, as_json: bool
+) -> int:
+    """Write a store anew in other chunks; run it again to finish what is missing."""
+    from psfgen.rechunk import rechunk as write_anew
+
+    return _copied("rechunk", as_json, write_anew, store, out, chunks, format=format, overwrite=overwrite)
+
+
+def _copied(command: str, as_json: bool, work: Callable[..., Store], *args: Any, **kwargs: Any) -> int:
+    """Run `merge` or `rechunk` under a bar, and say what came out."""
+    bars: list[Any] = []
+
+    def start(blocks: int) -> None:
+        if blocks:
+            bars.append(progress(blocks, command, "block"))
+
+    try:
+        store = work(*args, **kwargs, on_start=start, on_block=lambda: bars[0].update())
+    finally:
+        for bar in bars:
+            bar.close()
+    did = f"{bars[0].n} of {len(store.blocks)} blocks written" if bars else "nothing to do"
+    document = {"paths": {"store": store.path}, "plan_sha256": store.attrs["plan_sha256"]}
+    _answer(command, document, f"{store.path}: {did}", as_json)
     return 0
 
 

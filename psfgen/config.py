@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import typing
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +11,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from psfgen.errors import ConfigError, nearest
+from psfgen.quantities import parse_distance_mm as parse_distance_mm  # psftrain takes these two from here
+from psfgen.quantities import parse_distances_mm as parse_distances_mm
+from psfgen.quantities import parse_pair, parse_size_mm, parse_wavelength_um, parse_wavelengths_um
 
 
 class Config(BaseModel):
@@ -21,117 +22,15 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def parse_distance_mm(value: object) -> float:
-    """One distance in mm: `400mm`, `0.4m`, `inf`; a bare number is mm.
-
-    Raises ValueError unless the distance is positive.
-    """
-    text = str(value).strip().lower()
-    scale, digits = 1.0, text
-    if text.endswith("mm"):
-        digits = text[:-2]
-    elif text.endswith("m"):
-        scale, digits = 1000.0, text[:-1]
-    try:
-        distance_mm = float(digits) * scale
-    except ValueError:
-        raise ValueError(f"'{value}' is no distance; write 400mm, 0.4m, inf or a number of mm") from None
-    if distance_mm > 0 and not (1e-3 <= distance_mm <= 1e9 or math.isinf(distance_mm)):
-        raise ValueError(f"distance {value} is out of reach: 0.001 mm to 1000 km, or inf")
-    if not distance_mm > 0:
-        raise ValueError(f"distance {value} is not positive; distances are counted from the first surface, in front")
-    return distance_mm
-
-
-def parse_distances_mm(value: object) -> tuple[float, ...]:
-    """Distances in mm, ascending: a list `1m,2m,inf`, a range `0.4m:20m:16` evenly spaced in
-    dioptres, `0.4m:20m:16@mm` evenly in mm, or a YAML list of distances.
-
-    Raises ValueError on anything else, and on duplicates.
-    """
-    if isinstance(value, (list, tuple)):
-        return _ascending([parse_distance_mm(item) for item in value], "distance", "mm")
-    text = str(value)
-    if ":" not in text:
-        return _ascending([parse_distance_mm(item) for item in text.split(",")], "distance", "mm")
-    body, _, spacing = text.partition("@")
-    parts = body.split(":")
-    if len(parts) != 3 or spacing not in ("", "mm") or not parts[2].strip().isdigit() or int(parts[2]) < 1:
-        raise ValueError(f"'{text}' is no range; write NEAR:FAR:COUNT, such as 0.4m:20m:8 or 0.4m:20m:8@mm")
-    first, last, count = parse_distance_mm(parts[0]), parse_distance_mm(parts[1]), int(parts[2])
-    if spacing and math.isinf(max(first, last)):
-        raise ValueError(f"'{text}' cannot be spaced evenly in mm up to inf; leave out @mm")
-    if count == 1:
-        return (first,) if first == last else _ascending([first, last][:1], "distance", "mm")
-    steps = [i / (count - 1) for i in range(count)]
-    if spacing:
-        inner = [first + (last - first) * s for s in steps]
-    else:
-        near, far = 1 / first, 1 / last
-        inner = [math.inf if (d := near + (far - near) * s) == 0 else 1 / d for s in steps]
-    inner = [float(f"{distance_mm:.15g}") for distance_mm in inner]  # 1500, not 1499.9999999999998
-    inner[0], inner[-1] = first, last  # exactly as typed
-    return _ascending(inner, "distance", "mm")
-
-
-def _ascending(values: Sequence[float], what: str, unit: str) -> tuple[float, ...]:
-    ordered = tuple(sorted(values))
-    if not ordered:
-        raise ValueError(f"no {what} is given")
-    for a, b in pairwise(ordered):
-        if a == b:
-            raise ValueError(f"{what} {a:g} {unit} is given twice")
-    return ordered
-
-
-def _numbers(value: object) -> list[float]:
-    items = value if isinstance(value, (list, tuple)) else str(value).split(",")
-    try:
-        return [float(item) for item in items]
-    except (TypeError, ValueError):
-        raise ValueError(f"'{value}' is no list of numbers") from None
-
-
-def _wavelengths(value: object) -> tuple[float, ...]:
-    values = _numbers(value)
-    for wavelength_um in values:
-        if 100 <= wavelength_um <= 20000:
-            raise ValueError(f"wavelength {wavelength_um:g} is not in um; did you mean {wavelength_um / 1000:g}?")
-        if not 0.1 < wavelength_um < 10:
-            raise ValueError(f"wavelength {wavelength_um:g} um is outside 0.1 to 10 um")
-    return _ascending(values, "wavelength", "um")
-
-
-def _one_wavelength(value: object) -> float:
-    return _wavelengths([value])[0]
-
-
-def _size(value: object) -> tuple[float, float]:
-    values = _numbers(value)
-    if len(values) != 2 or not all(0 < v < math.inf for v in values):
-        raise ValueError(f"'{value}' is no size; write W,H in mm, such as 5.04,5.04")
-    return values[0], values[1]
-
-
 Distance = Annotated[float, Field(allow_inf_nan=True)]
 Distances = Annotated[tuple[Distance, ...], BeforeValidator(parse_distances_mm)]
-Wavelengths = Annotated[tuple[float, ...], BeforeValidator(_wavelengths)]
-Wavelength = Annotated[float, BeforeValidator(_one_wavelength)]
-Size = Annotated[tuple[float, float], BeforeValidator(_size)]
-
+Wavelengths = Annotated[tuple[float, ...], BeforeValidator(parse_wavelengths_um)]
+Wavelength = Annotated[float, BeforeValidator(parse_wavelength_um)]
+Size = Annotated[tuple[float, float], BeforeValidator(parse_size_mm)]
+Pair = Annotated[tuple[float, float], BeforeValidator(parse_pair)]
 
 TOLERANCE = 0.03
 MOST_RAYS = 2**20  # per kernel
-
-
-def _pair(value: object) -> tuple[float, float]:
-    values = _numbers(value)
-    if len(values) != 2 or not all(map(math.isfinite, values)):
-        raise ValueError(f"'{value}' is no pair; write X,Y")
-    return values[0], values[1]
-
-
-Pair = Annotated[tuple[float, float], BeforeValidator(_pair)]
 
 
 class Move(Config):
@@ -169,6 +68,52 @@ class Tolerances(Config):
     index: float = Field(0.0, ge=0)
 
 
+def _sbatch_word(value: object) -> object:
+    if isinstance(value, str) and (not value or set(value) & set(" \t\r\n\"'\\#")):
+        raise ValueError(f"{value!r} cannot stand in an #SBATCH line; leave out spaces, quotes, backslashes and #")
+    return value
+
+
+def _sbatch_option(value: object) -> object:
+    if isinstance(value, str) and not (value.startswith("--") and value[2:3].isalpha()):
+        raise ValueError(f"'{value}' is no sbatch option; write --NAME or --NAME=VALUE, such as --account=optics")
+    return _sbatch_word(value)
+
+
+def _time_limit(value: object) -> object:
+    if isinstance(value, (int, float)):  # YAML reads 1:30:00 as the number 5400
+        raise ValueError("write the time limit in quotes, such as '1:30:00', '0:30:00' or '2-00:00:00'")
+    return _sbatch_word(value)
+
+
+SbatchWord = Annotated[str, BeforeValidator(_sbatch_word)]
+
+
+class Slurm(Config):
+    """How `executor: slurm` submits a render: one array job and one that finalises the store."""
+
+    partition: SbatchWord | None = Field(None, description="default: the cluster's")
+    time: Annotated[str, BeforeValidator(_time_limit)] = Field("01:00:00", description="limit of a task")
+    gres: SbatchWord | None = Field(None, description="such as gpu:1; device auto then means cuda")
+    cpus: int = Field(1, ge=1, description="cores of a task")
+    memory: SbatchWord | None = Field(None, description="such as 4G; default: the cluster's")
+    concurrency: int | None = Field(None, ge=1, description="most tasks that run at once")
+    max_tasks: int = Field(1000, ge=1, description="most tasks of the array")
+    task_minutes: float = Field(10.0, gt=0, description="how long a task should take")
+    setup: tuple[str, ...] = Field((), description="shell lines that each job begins with, taken as they are")
+    options: tuple[Annotated[str, BeforeValidator(_sbatch_option)], ...] = Field((), description="more sbatch options")
+    requeue: bool = Field(True, description="a task that is stopped goes on later")
+    signal_s: int = Field(60, ge=1, le=65535, description="seconds before the time limit at which a task is stopped")
+
+
+class Dask(Config):
+    """Where `executor: dask` finds its workers."""
+
+    scheduler: str | None = Field(
+        None, min_length=1, description="tcp://HOST:PORT; default: a cluster of its own on this machine"
+    )
+
+
 class RenderConfig(Config):
     """One render job. Lengths carry their unit in the key; None is filled in from the lens."""
 
@@ -202,8 +147,10 @@ class RenderConfig(Config):
     workers: int | None = Field(None, ge=1, description="processes; default: one, or what the tracer needs")
     memory_mib: int = Field(512, ge=64, description="most memory a render may take above its imports")
     out: str = Field("psfs.zarr", min_length=1, description="the store")
-    format: str = Field("zarr", description="format of the store")
+    format: str | None = Field(None, description="zarr or hdf5; default: what `out` ends in, zarr unless .h5")
     executor: str = Field("local", description="where the blocks run")
+    slurm: Slurm = Field(Slurm(), description="of executor slurm")
+    dask: Dask = Field(Dask(), description="of executor dask")
 
     @model_validator(mode="after")
     def _fits(self) -> RenderConfig:

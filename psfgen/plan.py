@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from psfgen.optics.lens import Lens
 
 # How and where a job runs; none of it changes a number.
-INVOCATION = ("out", "format", "executor", "workers", "memory_mib", "device")
+INVOCATION = ("out", "format", "executor", "workers", "memory_mib", "device", "slurm", "dask")
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,11 @@ class Plan:
     def require_same(self, stored: dict[str, Any], path: object) -> None:
         """Raise PlanMismatch, naming the first key that differs, unless the store at `path` has this plan."""
         found = stored.get("plan", {})
+        if "merged" in found:
+            raise PlanMismatch(
+                f"{path} exists, merged along {found['along']} from {len(found['merged'])} stores, which no "
+                "render makes; choose another --out, or --overwrite to start anew"
+            )
         for key, wanted in self.document.items():
             if found.get(key) != wanted:
                 flag = "lens" if key == "lens_sha256" else key
@@ -120,3 +126,24 @@ def share(blocks: range, shard: str | None) -> range:
     if not (slash and rank.isdigit() and count.isdigit() and int(rank) < int(count)):
         raise ConfigError(f"--shard {shard}: write I/N with I from 0 to N - 1, such as 0/4")
     return blocks[int(rank) :: int(count)]
+
+
+def array_shard(environment: Mapping[str, str]) -> str | None:
+    """The shard "I/N" of a Slurm array task, of an array that starts anywhere and has any step; None outside one.
+
+    Raises ConfigError where the array is no plain range, so that the place of a task in it is not known.
+    """
+    if "SLURM_ARRAY_TASK_ID" not in environment:
+        return None
+    names = ("ID", "MIN", "MAX", "COUNT", "STEP")
+    given = {name: environment.get(f"SLURM_ARRAY_TASK_{name}", "") for name in names}
+    if all(text.isdigit() for text in given.values()):
+        task, first, last, count, step = map(int, given.values())
+        rank, off = divmod(task - first, max(step, 1))
+        if first <= task <= last and not off and count == (last - first) // max(step, 1) + 1:
+            return f"{rank}/{count}"
+    told = ", ".join(f"{name} {text or 'unset'}" for name, text in given.items())
+    raise ConfigError(
+        f"this array task cannot tell its share: its array is no plain range (SLURM_ARRAY_TASK_ {told}); "
+        "give --shard I/N, or --shard 0/1 to render every block"
+    )

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import uuid
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +10,13 @@ import torch
 
 from psfgen.block import cut_block, versions
 from psfgen.config import RenderConfig
-from psfgen.errors import ConfigError, StoreError
-from psfgen.executors import executor
+from psfgen.errors import ConfigError, Preempted
+from psfgen.executors import executor, slurm
 from psfgen.optics.lens import Lens
 from psfgen.plan import INVOCATION, Plan, share
 from psfgen.specimens import Specimens
 from psfgen.store import Store, schema
-from psfgen.store.open import store_class
+from psfgen.store.open import format_of, open_or_create, store_class
 
 
 def render(
@@ -29,29 +26,46 @@ def render(
     overwrite: bool = False,
     on_kernels: Callable[[int], None] = lambda count: None,
     on_start: Callable[[Plan, int], None] = lambda plan, kernels: None,
+    stopped: Sequence[str] = (),
 ) -> Store:
     """Render a config into its store, or finish what is missing of it.
 
     `shard` "I/N" limits the work to every N-th block. `on_start(plan, kernels_to_do)` is called once,
-    `on_kernels(count)` as kernels are finished. Returns the open store, which is complete unless other
-    shards are at work.
+    `on_kernels(count)` as kernels are finished. As soon as `stopped` holds the name of a signal, the blocks in hand
+    are finished and no other is begun. Returns the open store, which is complete unless other shards are at work.
 
-    Raises ConfigError, LensError, PlanMismatch before anything is written; StoreError, RenderError later.
+    Raises ConfigError, LensError, PlanMismatch before anything is written; StoreError, RenderError, Preempted later.
     """
-    device = resolve_device(config.device)
-    kind, run = store_class(config.format), executor(config.executor)
-    lens, plan = load(config, device)
+    run = executor(config.executor)
+    store_class(format_of(config.out, config.format))  # known before the lens is looked at
+    if config.executor == "slurm":
+        slurm.check(config, shard=shard, overwrite=overwrite)
+    lens, plan, device = prepare(config)
     specimens = Specimens(lens, plan)
     mine = share(plan.blocks, shard)
-    path = Path(config.out)
-    store = _open_or_create(kind, path, specimens, device, overwrite=overwrite, shared=shard is not None)
+    store = _open_or_create(config, specimens, device, overwrite=overwrite, shared=shard is not None)
     missing = set(store.missing())
     todo = [index for index in mine if index in missing]
     on_start(plan, len(todo) * plan.kernels_per_block)
-    run(specimens, store, todo, workers=config.workers, device=device, on_kernels=on_kernels)
-    if not store.missing():
+    run(specimens, store, todo, workers=config.workers, device=device, on_kernels=on_kernels, stopped=stopped)
+    missing = set(store.missing())
+    if not missing:
         store.finalise()
+    left = sum(index in missing for index in mine)
+    if stopped and left:
+        raise Preempted(
+            f"{stopped[0]}; {len(mine) - left} of {len(mine)} blocks are done and kept, the same command goes on"
+        )
     return store
+
+
+def prepare(config: RenderConfig) -> tuple[Lens, Plan, str]:
+    """The lens and the plan of a config, and the device its blocks are rendered on."""
+    if config.executor == "slurm":  # not here: the lens is only looked at
+        config = slurm.for_tasks(config)
+        return *load(config, "cpu"), config.device
+    device = resolve_device(config.device)
+    return *load(config, device), device
 
 
 def load(config: RenderConfig, device: str) -> tuple[Lens, Plan]:
@@ -77,36 +91,26 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def _open_or_create(
-    kind: Any, path: Path, specimens: Specimens, device: str, *, overwrite: bool, shared: bool
-) -> Store:
+def _open_or_create(config: RenderConfig, specimens: Specimens, device: str, *, overwrite: bool, shared: bool) -> Store:
     plan = specimens.plan
     cut_block(specimens.engine(0), plan, cores=1)  # what cannot be rendered is not begun
     if overwrite and shared:
-        raise ConfigError("--overwrite and --shard exclude each other: shards would delete each other's work")
-    if path.exists():
-        if not kind.is_store(path) and (not path.is_dir() or any(path.iterdir())):
-            raise StoreError(f"{path} exists and is no psfgen store; choose another --out")
-        if kind.is_store(path):
-            if overwrite:
-                _remove_store(kind(path).path)
-            else:
-                store: Store = kind(path)
-                plan.require_same(store.attrs, path)
-                return store
-    store = kind.create(path, schema.StoreSpec(plan.coords, attributes(specimens, device)))
-    plan.require_same(store.attrs, path)  # another process may have been first
+        raise ConfigError(
+            "--overwrite and --shard exclude each other, also in an array task: shards would delete each other's work"
+        )
+    store = open_or_create(
+        config.out,
+        config.format,
+        lambda: schema.StoreSpec(plan.coords, attributes(specimens, device)),
+        lambda stored: plan.require_same(stored, config.out),
+        overwrite=overwrite,
+    )
+    if "chunks" in store.attrs and store.missing():
+        raise ConfigError(
+            f"{config.out} was rechunked and misses {len(store.missing())} blocks, which a render, that writes whole "
+            "bands, cannot make; finish it by the same `psfgen rechunk`"
+        )
     return store
-
-
-def _remove_store(path: Path) -> None:
-    """Take a store away at once, then delete it."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
-    try:
-        path.rename(aside)
-    except OSError as error:
-        raise StoreError(f"{path} cannot be overwritten: {error.strerror}") from None
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def attributes(specimens: Specimens, device: str) -> dict[str, Any]:

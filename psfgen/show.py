@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from psfgen.config import parse_distances_mm
-from psfgen.errors import ConfigError, StoreError
+from psfgen.errors import StoreError
+from psfgen.select import pick
 from psfgen.store import Store, schema
 from psfgen.store.colour import channels_to_rgb, stretch
 
@@ -28,7 +28,7 @@ def describe(store: Store) -> tuple[dict[str, Any], str]:
     lens, missing = attrs["lens"], len(store.missing())
     axes = {dim: {"size": len(v), "first": v[0], "last": v[-1], **schema.COORD_ATTRS[dim]} for dim, v in coords.items()}
     document: dict[str, Any] = {
-        "paths": {"store": str(store.path)},
+        "paths": {"store": store.path},
         "complete": not missing,
         "lens": {"name": lens["name"], "sha256": lens["sha256"]},
         "axes": axes,
@@ -104,11 +104,9 @@ def contact_sheets(
     Without `depth`, each focus distance is shown at the depth most in focus. Raises ConfigError for a
     distance or a copy the store does not hold.
     """
-    copies = len(store.coords.get("copy", [0]))
-    if copy is not None and not 0 <= copy < copies:
-        raise ConfigError(f"--copy {copy}: {store.path} holds copies 0 to {copies - 1}")
-    focuses = _pick(store, "focus", focus) if focus else list(range(len(store.coords["focus"])))
-    depths = _pick(store, "depth", depth) if depth else None
+    (copy,) = pick(store, "copy", copy or 0)
+    focuses = pick(store, "focus", focus) if focus else list(range(len(store.coords["focus"])))
+    depths = pick(store, "depth", depth) if depth else None
     pairs = [(f, d) for f in focuses for d in (depths if depths is not None else [_sharpest(store, f)])]
     pages = []
     for f, d in pairs:
@@ -117,32 +115,17 @@ def contact_sheets(
             distances = f"depth-{_metres(store.coords['depth'][d])}-focus-{_metres(store.coords['focus'][f])}"
             distances = distances.replace(" ", "")
             page = out.with_name(f"{out.stem}-{distances}{out.suffix or '.png'}")
-        _save(_draw(store, f, d, copy or 0), page)
+        save(_draw(store, f, d, copy), page)
         pages.append(page)
     return pages
-
-
-def _pick(store: Store, dim: str, text: str) -> list[int]:
-    try:
-        wanted = parse_distances_mm(text)
-    except ValueError as error:
-        raise ConfigError(f"--{dim} {text}: {error}") from None
-    have = store.coords[dim]
-    indices = []
-    for distance_mm in wanted:
-        index = int(np.argmin(np.abs(1 / have - 1 / distance_mm)))
-        if not np.isclose(have[index], distance_mm, rtol=1e-3):
-            held = ", ".join(f"{v:.6g}" for v in have)
-            raise ConfigError(f"--{dim}: {store.path} holds no {dim} of {distance_mm:g} mm; it holds {held}")
-        indices.append(index)
-    return indices
 
 
 def _sharpest(store: Store, focus: int) -> int:
     return int(np.argmin(np.abs(store.coords["depth_dioptre"] - store.coords["focus_dioptre"][focus])))
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture. Raises StoreError where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=100)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from psfgen.errors import ConfigError, FitError, Preempted, progress
+from psfgen.errors import STOP_SIGNALS, ConfigError, FitError, Preempted, progress, stop_signals
 from psfgen.store.schema import plain
 from psftrain import checkpoint
 from psftrain import run as runs
@@ -56,6 +55,10 @@ def fit(config: FitConfig, *, resume: bool = True) -> Fitted:
     Raises RunMismatch where the directory holds a run of another config or (without `resume`) any run,
     FitError where the loss is no longer finite, Preempted where a signal stopped it, with the work saved.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            f"WORLD_SIZE {os.environ['WORLD_SIZE']}: psftrain trains in one process; start one, not several"
+        )
     run = Path(config.run)
     device = torch.device(resolve_device(config.device))
     stores = open_stores(config.store, config.data.array)
@@ -114,7 +117,7 @@ def fit(config: FitConfig, *, resume: bool = True) -> Fitted:
         checkpoint.prune(run, config.keep)
 
     bar = progress(config.steps, f"fit {config.model.name}", "step", initial=step)
-    with _signals() as stopped:
+    with stop_signals((*STOP_SIGNALS, signal.SIGINT)) as stopped:
         try:
             while step < config.steps:
                 batch = order.batch(step).to(device)
@@ -233,16 +236,3 @@ def _pictures(
             posterior = model.decode(model.posterior(truth, condition).mean, condition)
             prior = model.decode(model.prior(condition).mean, condition)
         board.kernels(f"{name}/truth_posterior_prior", [truth, posterior, prior], step)
-
-
-@contextmanager
-def _signals() -> Iterator[list[str]]:
-    """Collect the names of stop signals instead of dying of them."""
-    caught: list[str] = []
-    handler: Callable[..., None] = lambda number, frame: caught.append(signal.Signals(number).name)  # noqa: E731
-    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)}
-    try:
-        yield caught
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

@@ -7,7 +7,11 @@ from typing import Any
 
 from psfgen.errors import ConfigError, nearest
 
-EXECUTORS = {"local": "psfgen.executors.local:run"}
+EXECUTORS = {
+    "local": "psfgen.executors.local:run",
+    "dask": "psfgen.executors.dask:run",
+    "slurm": "psfgen.executors.slurm:run",
+}
 
 
 def executor(name: str) -> Any:
