@@ -3,7 +3,7 @@ PYTHON ?= python3.12
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test campaign format
+.PHONY: demo test slurm campaign format
 
 demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash pipelines/demo.sh demo
@@ -14,7 +14,11 @@ test: .venv/installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	find psfgen -name '*.nb?' -delete  # numba does not notice that a module which it compiled from has changed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+# A real one-node Slurm, started for the tests; needs slurmctld slurmd slurm-client munge, and takes some 3 minutes.
+slurm: .venv/installed-test
+	$(BIN)/python -m pytest -q -m slurm
 
 # The long statistics: minutes, before a release.
 campaign: .venv/installed-test

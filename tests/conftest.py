@@ -7,19 +7,25 @@ import json
 import os
 import re
 import shutil
+import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkContext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from numpy.typing import NDArray
+from onenode import Cluster
 
 from psfgen import catalogue
 from psfgen.config import RenderConfig
 from psfgen.errors import report
+from psfgen.executors import local
 from psfgen.optics.lens import Lens
 from psfgen.optics.trace import Tracer, tracer_class
 from psfgen.render import render
@@ -107,14 +113,58 @@ def variant(folder: Path, name: str, change: Callable[[dict[str, Any]], object])
     return path
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder`, by relative path."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def contents(store: Path) -> dict[str, bytes]:
+    """Every file below a folder, by relative path; of an HDF5 store the master and all that lies beside it."""
+    if store.suffix == ".h5":
+        beside = {f"psfs.h5.d/{name}": data for name, data in contents(Path(f"{store}.d")).items()}
+        return {**({"psfs.h5": store.read_bytes()} if store.exists() else {}), **beside}
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
 
 
 def arrays(store: Path) -> dict[str, bytes]:
     """Every file of a store but its ledger, and but what a killed writer had not yet given its name."""
-    return {name: data for name, data in contents(store).items() if not re.search(r"^ledger/|\.partial$", name)}
+    left = re.compile(r"(^|/)ledger/|\.partial$|\.tmp$")
+    return {name: data for name, data in contents(store).items() if not left.search(name)}
+
+
+def beside(store: Path) -> Path:
+    """The folder that holds the ledger of a store: its own, or that of an HDF5 file."""
+    return Path(f"{store}.d") if store.suffix == ".h5" else store
+
+
+def copy_of(store: Path, folder: Path) -> Path:
+    """A copy of a store, under the same name."""
+    copy = folder / store.name
+    for source in {store, beside(store)}:
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, folder / source.name)
+    return copy
+
+
+def doctor(path: Path, block: int, change: Callable[[str, NDArray[Any]], object]) -> None:
+    """Change arrays of a block through the store itself, so that every checksum fits what is wrong now.
+
+    `change(name, values)` is called for each array [with every dim], whose values it may alter.
+    """
+    from psfgen.store import open_store, schema
+
+    store = open_store(path)
+    entry = store.ledger.read(store.blocks[block])
+    here = {dim: slice(at, at + 1) for dim, at in store.spec.block_at(block).items()}
+    for name in schema.ARRAY_DIMS:
+        values = store.read(name, **here)
+        change(name, values)
+        store.write(block, name, values)
+    store.commit(block, {key: value for key, value in entry.items() if key not in ("chunks", "crc32c")})
+
+
+def put(name: str, index: Any, value: float) -> Callable[[str, NDArray[Any]], None]:
+    """A change for `doctor`: one value of one array."""
+
+    def change(array: str, values: NDArray[Any]) -> None:
+        if array == name:
+            values[index] = value
+
+    return change
 
 
 def fork(work: Callable[[], object]) -> int:
@@ -136,6 +186,41 @@ def fork(work: Callable[[], object]) -> int:
         finally:
             os._exit(code)
     return pid
+
+
+class Forking:
+    """multiprocessing's "fork", so that workers need not import everything first; else as its "spawn"."""
+
+    def __init__(self) -> None:
+        self._context = ForkContext()
+        self._ours: list[Connection] = []
+
+    def Pipe(self) -> tuple[Any, Any]:
+        ours, theirs = self._context.Pipe()
+        self._ours.append(ours)
+        return ours, theirs
+
+    def Process(self, target: Callable[..., object], args: tuple[Any, ...], daemon: bool) -> Any:
+        def work(*args: Any) -> None:
+            for pipe in self._ours:  # a spawned process would not have them
+                pipe.close()
+            target(*args)
+
+        warnings.filterwarnings("ignore", message=".*use of fork.. may lead to deadlocks", category=DeprecationWarning)
+        return self._context.Process(target=work, args=args, daemon=daemon)
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool's workers are forks, to be used in a child made by `fork`."""
+    monkeypatch.setattr(local.mp, "get_context", lambda method: Forking())
+
+
+def poll[T](look: Callable[[], T | None]) -> T:
+    """Look again and again until there is something; the test's timeout ends it."""
+    while not (seen := look()):
+        time.sleep(0.002)
+    return seen
 
 
 def wait_for(pid: int) -> int:
@@ -206,6 +291,43 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete store of two copies of a lens, not to be changed."""
+    path = tmp_path_factory.mktemp("copies") / "psfs.zarr"
+    render(tiny(path, copies=2, tolerances={"decentre_mm": 0.02, "tilt_deg": 0.05}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def dark(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete store where only some kernels get light, not to be changed."""
+    path = tmp_path_factory.mktemp("dark") / "psfs.zarr"
+    store = render(tiny(path, lens="singlet", field_max=1.3, depth="2m", pitch_um=120))
+    assert 0 < (store.read("captured") == 0).mean() < 1
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_h5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same store as HDF5, not to be changed."""
+    path = tmp_path_factory.mktemp("finished_h5") / "psfs.h5"
+    render(tiny(path))
+    return path
+
+
+@pytest.fixture(params=["zarr", "hdf5"])
+def either(request: pytest.FixtureRequest) -> Path:
+    """The complete tiny store in each format, not to be changed."""
+    return Path(request.getfixturevalue("finished" if request.param == "zarr" else "finished_h5"))
+
+
+@pytest.fixture
+def broken(either: Path, tmp_path: Path) -> Path:
+    """A copy of the complete tiny store in each format, to be broken."""
+    return copy_of(either, tmp_path)
+
+
 @pytest.fixture
 def store(finished: Path, tmp_path: Path) -> Path:
     """A copy of the complete tiny store, to be broken."""
@@ -218,3 +340,18 @@ def opened(finished: Path) -> Store:
     from psfgen.store import open_store
 
     return open_store(finished)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One Slurm for all tests that are marked `slurm`; its commands find it through the environment."""
+    started = Cluster(tmp_path_factory.mktemp("slurm"))
+    before = {name: os.environ.get(name) for name in started.settings}
+    os.environ.update(started.settings)
+    try:
+        started.do("start")
+        yield started
+    finally:
+        started.do("stop")
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -1,42 +1,19 @@
-"""The long campaigns of `make campaign`: what CI samples, over many draws."""
+"""The long statistics of `make campaign`: what CI samples, over many draws (kills are in test_faults.py)."""
 
 from __future__ import annotations
-
-import os
-import random
-import signal
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import arrays, fork, lens, tiny, wait_for
+from conftest import lens
 
 from psfgen import catalogue
 from psfgen.config import RenderConfig
 from psfgen.engines import engine_class
 from psfgen.optics.splat import Kernels, normalise
 from psfgen.plan import Plan
-from psfgen.render import render
 
 pytestmark = [pytest.mark.campaign, pytest.mark.timeout(1800)]
-
-
-def test_a_hundred_kills_cost_nothing(finished: Path, tmp_path: Path) -> None:
-    """SIGKILL at random moments, then resume: not a byte differs, and nothing is done that is not."""
-    draw = random.Random(0)
-    started = time.monotonic()
-    render(tiny(tmp_path / "undisturbed.zarr"))
-    whole_s = time.monotonic() - started
-    for trial in range(100):
-        path = tmp_path / f"{trial}.zarr"
-        pid = fork(lambda path=path: render(tiny(path)))  # type: ignore[misc]
-        time.sleep(draw.uniform(0, 1.2 * whole_s))  # the moment of the kill is the point here
-        os.kill(pid, signal.SIGKILL)
-        wait_for(pid)
-        render(tiny(path))
-        assert arrays(path) == arrays(finished)
 
 
 @pytest.mark.parametrize("sampling", ["spiral", "sobol"])

@@ -117,7 +117,7 @@ def test_a_config_is_frozen() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("grd=3", r"unknown key 'grd'; did you mean 'grid'\?; known here: bins, copies, depth,"),
+        ("grd=3", r"unknown key 'grd'; did you mean 'grid'\?; known here: bins, copies, dask, depth,"),
         ("zzz=3", r"unknown key 'zzz'; known here: bins,"),
         ("grid=0", r"grid: .*greater than or equal to 1, got 0"),
         ("grid=many", r"grid: .*integer.*, got 'many'"),

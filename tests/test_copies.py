@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import xarray
 import yaml
-from conftest import Psfgen, arrays, contents, flags, fork, tiny, wait_for
+from conftest import Psfgen, arrays, contents, doctor, flags, fork, put, tiny, wait_for
 
 from psfgen.errors import PlanMismatch
 from psfgen.render import render
-from psfgen.store import Store, open_store
+from psfgen.store import open_store
 from psfgen.store.verify import problems
 
 TOLERANCES: dict[str, Any] = {"decentre_mm": 0.02, "tilt_deg": 0.05, "thickness_mm": 0.01, "index": 1e-4}
@@ -76,6 +76,19 @@ def test_xarray_sees_the_copies(built: Path) -> None:
         assert dataset["copy"].attrs == {"units": "1", "long_name": "specimen of the lens design"}
         one, other = (dataset["psf"].sel(copy=copy, depth=1000, focus=2000) for copy in (0, 1))
         assert float(np.abs(one - other).max()) > 1e-3
+
+
+def test_hdf5_holds_the_same_copies(built: Path, tmp_path: Path) -> None:
+    """As psfgen reads them, by copy and depth, and as xarray does."""
+    zarr, hdf5 = open_store(built), render(tiny(tmp_path / "psfs.h5", **COPIES))
+    assert hdf5.blocks == BLOCKS
+    assert list(problems(hdf5)) == []
+    for name in ("psf", "throughput", "chief_x_mm"):
+        for index in ({}, {"copy": 1}, {"copy": slice(0, 1), "depth": -1}, {"copy": 0, "depth": slice(0, 3, 2)}):
+            assert np.array_equal(zarr.read(name, **index), hdf5.read(name, **index)), (name, index)
+    with xarray.open_zarr(built) as one, xarray.open_dataset(tmp_path / "psfs.h5", engine="h5netcdf") as other:
+        xarray.testing.assert_equal(one, other)
+        assert {name: one[name].attrs for name in one.variables} == {name: other[name].attrs for name in one.variables}
 
 
 def test_a_block_is_a_depth_of_a_copy(built: Path) -> None:
@@ -230,13 +243,8 @@ def test_a_broken_chunk_of_a_copy_is_found(copied: Path, psfgen: Psfgen) -> None
 
 
 def test_values_of_every_copy_are_checked(copied: Path) -> None:
-    store: Store = open_store(copied)
-    here = {"copy": slice(1, 2), "depth": slice(1, 2)}
-    values = store.read("captured", **here)
-    values[0, 1, 0, 2, 2, 1] = 1.5
-    store.write("captured", values, **here)
-    store.commit(4, {})
-    assert list(problems(open_store(copied))) == ["block copy-0001-depth-0001: captured leaves [0, 1]"]
+    doctor(copied, 4, put("captured", (0, 1, 0, 2, 2, 1), 1.5))
+    assert list(map(str, problems(open_store(copied)))) == ["block copy-0001-depth-0001: captured leaves [0, 1]"]
 
 
 def test_render_status_verify_info_show(files: Path, built: Path, psfgen: Psfgen) -> None:
@@ -247,7 +255,9 @@ def test_render_status_verify_info_show(files: Path, built: Path, psfgen: Psfgen
     assert psfgen("verify").out == "psfs.zarr: sound, 6 of 6 blocks checked\n"
     assert "2 copy x 2 focus x 3 depth x 3 field_y x 3 field_x" in psfgen("info").out
     assert psfgen("info", "--json").document["axes"]["copy"]["size"] == 2
-    dry = psfgen("render", *flags(copies=5, tolerances="tolerances.yaml"), "--dry-run", "--json").document
+    dry = psfgen(
+        "render", *flags(copies=5, tolerances="tolerances.yaml", out="five.zarr"), "--dry-run", "--json"
+    ).document
     assert (dry["blocks"], dry["kernels"]) == (15, 5 * 108)
 
 

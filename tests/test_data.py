@@ -11,7 +11,19 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from training import binned, equal_states, examples_of, job, kernel, make_store, one_line_error, psftrain, words
+from training import (
+    best,
+    binned,
+    equal_states,
+    examples_of,
+    job,
+    kernel,
+    logged,
+    make_store,
+    one_line_error,
+    psftrain,
+    words,
+)
 
 from psfgen.errors import FitError, PsfError, RunMismatch
 from psfgen.store import open_store
@@ -405,3 +417,20 @@ def test_the_conditioning_comes_from_the_training_stores(tmp_path: Path) -> None
     fit(job(path, tmp_path / "run", steps=1, val=str(val)))
     document = json.loads((tmp_path / "run" / "run.json").read_text())
     assert conditioning_from(document["conditioning"]) == conditioning_of([open_store(path)])
+
+
+# --- both formats -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_does_not_depend_on_the_format_of_its_store(tmp_path: Path) -> None:
+    """Examples and every logged number are the same to the last bit."""
+    stores = [make_store(tmp_path / name, depth=(1000.0, 2000.0)) for name in ("psfs.zarr", "psfs.h5")]
+    assert [open_store(path).format for path in stores] == ["zarr", "hdf5"]
+    (one, _), (other, _) = (examples_of(path) for path in stores)
+    assert torch.equal(one.kernels, other.kernels)
+    assert torch.equal(one.condition, other.condition)
+    runs = [tmp_path / f"run-{path.suffix[1:]}" for path in stores]
+    for path, run in zip(stores, runs, strict=True):
+        fit(job(path, run, steps=6))
+    assert logged(runs[0]) == logged(runs[1])
+    assert equal_states(best(runs[0])["model"], best(runs[1])["model"])

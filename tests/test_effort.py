@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Psfgen, contents, flags, lens, tiny, variant
+from conftest import Psfgen, contents, doctor, flags, lens, tiny, variant
 
 from psfgen.block import cut_block
 from psfgen.blur import Blur
@@ -302,8 +302,15 @@ def test_shortfalls_count_and_place_what_they_tell(store: Path) -> None:
     throughput[2, 1, 1, 0] = 0.0
     captured[:, 2, 1, 1, 0] = 0.0
     noise[1, 0, 2, 1, 1], noise[0, 0, 1, 2, 1] = 0.5, math.nan
-    for name, values in (("captured", captured), ("throughput", throughput), ("noise", noise)):
-        opened.write(name, values)
+    doctored = {"captured": captured, "throughput": throughput, "noise": noise}
+
+    for block in range(3):
+
+        def change(name: str, values: np.ndarray, depth: int = block) -> None:
+            if name in doctored:
+                values[:] = doctored[name].take([depth], axis=opened.spec.dims(name).index("depth"))
+
+        doctor(store, block, change)
     cut, noisy, vignetted, missed = shortfalls(open_store(store))
     assert cut.startswith("2 of 108 kernels keep less than 90 % of their energy")
     assert "least 25.0% at field (0.00, -1.00), depth inf mm, focus inf mm, 0.48 um" in cut

@@ -52,6 +52,8 @@ SAME: dict[str, Any] = {
     "workers": 7,
     "memory_mib": 99,
     "device": "auto",
+    "slurm": {"partition": "long"},
+    "dask": {"scheduler": "tcp://localhost:8786"},
 }
 
 

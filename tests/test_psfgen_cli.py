@@ -20,6 +20,23 @@ from psfgen.store import open_store
 HEAVY = {"torch", "deeplens", "zarr", "dask", "xarray", "numpy", "matplotlib", "scipy"}
 
 
+COMMANDS = (
+    "render",
+    "finalise",
+    "status",
+    "verify",
+    "repair",
+    "info",
+    "show",
+    "export",
+    "stats",
+    "merge",
+    "rechunk",
+    "lenses",
+    "doctor",
+)
+
+
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Everything below a folder: files with what is in them, and folders."""
     folders: dict[str, bytes | None] = {str(p.relative_to(folder)): None for p in folder.rglob("*") if p.is_dir()}
@@ -42,13 +59,13 @@ def test_help_starts_without_the_heavy_libraries(start: list[str]) -> None:
 def test_help_names_every_command_and_keeps_its_lines(psfgen: Psfgen) -> None:
     ran = psfgen("--help")
     assert (ran.code, ran.err) == (0, "")
-    for command in ("render", "status", "verify", "info", "show", "lenses", "doctor"):
+    for command in COMMANDS:
         assert re.search(rf"^  {command} ", ran.out, re.MULTILINE)
     assert re.search(r"^ *psfgen render --grid 20 .*psfs\.zarr$", ran.out, re.MULTILINE)
     assert "\\b" not in ran.out
 
 
-@pytest.mark.parametrize("command", ["render", "status", "verify", "info", "show", "lenses", "doctor"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(psfgen: Psfgen, command: str) -> None:
     ran = psfgen(command, "-h")
     assert (ran.code, ran.err) == (0, "")
@@ -67,8 +84,11 @@ def test_every_flag_is_a_config_key(psfgen: Psfgen) -> None:
         flag.replace("-", "_")
         for flag in re.findall(r"^ +(?:-., )?--([a-z-]+)", psfgen("render", "--help").out, re.MULTILINE)
     }
-    assert named - set(RenderConfig.model_fields) == {"shard", "set", "dry_run", "overwrite", "verbose", "json", "help"}
-    assert set(RenderConfig.model_fields) - named == {"spp_max", "sampling", "precision"}, "what only --set sets"
+    ours = {"shard", "set", "dry_run", "overwrite", "verbose", "json", "help", "scheduler"}  # scheduler: dask.scheduler
+    assert named - set(RenderConfig.model_fields) == ours
+    assert set(RenderConfig.model_fields) - named == {"spp_max", "sampling", "precision", "slurm", "dask"}, (
+        "what only --set sets"
+    )
 
 
 # --- rendering and reading --------------------------------------------------------------------------------------------
@@ -150,6 +170,8 @@ def test_overwrite_starts_anew(psfgen: Psfgen, store: Path) -> None:
         ["verify", "psfs.zarr"],
         ["info", "psfs.zarr"],
         ["show", "psfs.zarr", "--focus", "inf"],
+        ["export", "psfs.zarr", "--to", "csv", "--out", "psfs.csv"],
+        ["stats", "psfs.zarr"],
         ["lenses"],
         ["doctor"],
     ],
@@ -177,6 +199,16 @@ def test_a_dry_run_says_what_would_be_and_touches_nothing(psfgen: Psfgen, tmp_pa
     assert (config["depth"], config["focus"]) == ([1000, 3000, "inf"], [2000, "inf"])
     assert re.fullmatch("[0-9a-f]{64}", document["plan_sha256"])
     assert re.search(r"108 kernels in 3 blocks", psfgen("render", *flags(), "--dry-run").out)
+
+
+def test_a_dry_run_tells_what_the_store_holds_already(psfgen: Psfgen, store: Path) -> None:
+    (store / "ledger/depth-0001.json").unlink()
+    assert psfgen("render", *flags(), "--dry-run").out.endswith("into psfs.zarr, where 2 are done\n")
+    assert psfgen("render", *flags(), "--dry-run", "--shard", "1/3", "--json").document["blocks_done"] == 0
+    assert "exists and would be replaced" in psfgen("render", *flags(spp=512), "--dry-run", "--overwrite").out
+    other = psfgen("render", *flags(spp=512), "--dry-run")
+    assert (other.code, other.out) == (2, "")
+    assert "another plan: spp is 256" in other.err
 
 
 def test_status_counts_every_kind_of_block(psfgen: Psfgen, store: Path) -> None:
@@ -271,8 +303,12 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "unknown flag": ([*flags(), "--gird", "3"], 2, r"No such option.*--gird.*--grid"),
     "another plan": (flags(spp=512, out="finished.zarr"), 2, r"another plan: spp is 256, this render asks for 512"),
     "below a file": (flags(out="job.yaml/psfs.zarr"), 1, r"store job\.yaml/psfs\.zarr cannot be made: .*--out"),
-    "a file": (flags(out="job.yaml"), 1, r"job\.yaml exists and is no psfgen store; choose another --out"),
-    "a folder of other things": (flags(out="folder"), 1, r"folder exists and is no psfgen store; choose another --out"),
+    "a file": (flags(out="job.yaml"), 1, r"job\.yaml exists and is no zarr store of psfgen; choose another --out"),
+    "a folder of other things": (
+        flags(out="folder"),
+        1,
+        r"folder exists and is no zarr store of psfgen",
+    ),
 }
 
 
@@ -293,7 +329,7 @@ def test_bad_input_is_one_line_and_touches_nothing(psfgen: Psfgen, tmp_path: Pat
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("command", ["status", "verify", "info", "show"])
+@pytest.mark.parametrize("command", ["finalise", "status", "verify", "info", "show"])
 @pytest.mark.parametrize(
     ("path", "message"),
     [

@@ -182,6 +182,15 @@ def test_a_wrong_config_leaves_nothing_behind(empty: Path, given: list[str], mes
     assert contents(empty) == before
 
 
+def test_several_processes_are_refused(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun would start them."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    ran = psftrain("fit")
+    assert ran.code == 2
+    assert "WORLD_SIZE 4: psftrain trains in one process" in one_line_error(ran)
+    assert not contents(empty)
+
+
 def test_without_a_store(empty: Path) -> None:
     """The error says how to make one."""
     ran = psftrain("fit")

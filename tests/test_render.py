@@ -8,23 +8,26 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import arrays, contents, fork, lens, tiny, wait_for
+from conftest import arrays, beside, contents, fork, lens, poll, tiny, wait_for
 
+from psfgen import block
+from psfgen.bands import Cut
 from psfgen.engines import engine_class
 from psfgen.errors import ConfigError, PlanMismatch, RenderError, StoreError
 from psfgen.optics.splat import normalise
 from psfgen.plan import Plan
 from psfgen.render import render
 from psfgen.shortfalls import shortfalls
-from psfgen.store import open_store
+from psfgen.store import open_store, schema
 from psfgen.store.ledger import Ledger
+from psfgen.store.repair import repair
 from psfgen.store.verify import problems
 
 KERNELS_A_BLOCK = 2 * 9 * 2
@@ -34,13 +37,6 @@ TRACED_A_BLOCK = 3 * 2 * 256  # a bundle for each field radius and wavelength
 def rendered(path: Path, **options: Any) -> dict[str, bytes]:
     render(tiny(path), **options)
     return arrays(path)
-
-
-def poll[T](look: Callable[[], T | None]) -> T:
-    """Look again and again until there is something; the test's timeout ends it."""
-    while not (seen := look()):
-        os.sched_yield()
-    return seen
 
 
 def alive(pid: int) -> bool:
@@ -87,6 +83,71 @@ def test_the_number_of_workers_changes_nothing(finished: Path, tmp_path: Path) -
     assert arrays(path) == arrays(finished)
     assert sum(counted) == 3 * KERNELS_A_BLOCK
     assert {json.loads(entry.read_text())["rays"] for entry in path.glob("ledger/*.json")} == {TRACED_A_BLOCK}
+
+
+CUTS = [
+    Cut((slice(0, 1), slice(1, 2)), ((0,), (1,), (2,), (3,), (4,), (5,)), tracing=1, writing=1),
+    Cut((slice(0, 2),), ((0, 5), (1, 4), (2, 3)), tracing=3, writing=4),
+    Cut((slice(0, 1), slice(1, 2)), ((0, 5, 1, 4), (2, 3)), tracing=2, writing=2),
+]
+
+
+@pytest.mark.usefixtures("forked_workers")
+@pytest.mark.parametrize("name", ["psfs.zarr", "psfs.h5"])
+def test_memory_threads_and_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Not a byte of a store of many bands, however it is cut to fit."""
+    monkeypatch.setattr(schema, "PSF_CHUNK_BYTES", 1)
+    job = {"grid": 6, "kernel_px": 24, "pitch_um": 12.0}
+    (tmp_path / "whole").mkdir()
+    assert render(tiny(tmp_path / "whole" / name, **job)).spec.band_rows == 1
+    expected = arrays(tmp_path / "whole" / name)
+    for number, (cut, workers) in enumerate(product(CUTS, (1, 2))):
+        monkeypatch.setattr(block, "cut_block", lambda *args, cut=cut, **kwargs: cut)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        config = tiny(folder / name, **job, workers=workers)
+        assert wait_for(fork(lambda config=config: render(config))) == 0  # type: ignore[misc]
+        assert arrays(folder / name) == expected, (cut, workers)
+
+
+@pytest.mark.parametrize(
+    ("file", "missing"),
+    [
+        ("psfs.h5.d", None),
+        ("psfs.h5", [0, 1, 2]),
+        ("psfs.h5.d/parts/depth-0000.h5", [0, 1, 2]),
+        ("psfs.h5.d/parts/depth-0001.h5", [1, 2]),
+        ("psfs.h5.d/ledger/depth-0001.json", [1, 2]),
+        ("psfs.h5.d/ledger/depth-0002.json", [2]),
+    ],
+)
+def test_killed_while_writing_hdf5_and_resumed(
+    finished_h5: Path, tmp_path: Path, file: str, missing: list[int] | None
+) -> None:
+    """SIGKILL before a file takes its name: the sidecar, the master, parts, the ledger."""
+    path = tmp_path / "psfs.h5"
+
+    def work() -> None:
+        def hook(event: str, args: tuple[Any, ...]) -> None:
+            if event in ("os.rename", "os.link") and str(args[1]) == str(tmp_path / file):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        render(tiny(path))
+
+    assert wait_for(fork(work)) == -signal.SIGKILL
+    if missing is None:
+        assert not path.exists()
+        missing = [0, 1, 2]
+    else:
+        assert open_store(path, allow_incomplete=True).missing() == missing
+    counted: list[int] = []
+    store = render(tiny(path), on_kernels=counted.append)
+    assert sum(counted) == len(missing) * KERNELS_A_BLOCK
+    assert list(problems(store)) == []
+    assert arrays(path) == arrays(finished_h5)
+    repair(path)
+    assert {left.name for left in tmp_path.iterdir()} == {"psfs.h5", "psfs.h5.d"}
 
 
 def test_shards_make_the_undivided_store(finished: Path, tmp_path: Path) -> None:
@@ -173,7 +234,7 @@ def test_killed_at_any_moment_and_resumed(tmp_path: Path) -> None:
     assert wait_for(pid) == -signal.SIGKILL
     store = open_store(path, allow_incomplete=True)
     assert store.missing()
-    assert store.ledger.running() == set(), "a dead process runs nothing"
+    assert store.ledger.running() == {}, "a dead process runs nothing"
     store = render(tiny(path, depth=depth))
     assert list(problems(store)) == []
     assert arrays(path) == arrays(whole)
@@ -200,14 +261,15 @@ def test_a_killed_worker_is_told_and_costs_its_block_alone(tmp_path: Path) -> No
 
 
 def test_a_block_shows_that_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its ledger entry is touched with every batch, which is what other hosts go by."""
+    """Its ledger entry is touched as batches are made, which is what other hosts go by."""
     start = Ledger.start
 
-    def start_long_ago(self: Ledger, block: str) -> None:
-        start(self, block)
-        os.utime(self.root / "running" / f"{block}.json", (0, 0))
+    def start_long_ago(self: Ledger, name: str) -> None:
+        start(self, name)
+        os.utime(tmp_path / f"psfs.zarr/ledger/running/{name}.json", (0, 0))
 
     monkeypatch.setattr(Ledger, "start", start_long_ago)
+    monkeypatch.setattr(block, "BEAT_S", 0.0)
     seen: list[float] = []
 
     def look(count: int) -> None:
@@ -247,24 +309,46 @@ def test_a_finished_shard_is_left_alone(tmp_path: Path) -> None:
     assert render(tiny(tmp_path / "psfs.zarr"), shard="1/3", on_kernels=pytest.fail).missing() == [0, 2]
 
 
-def test_another_plan_is_refused_and_nothing_changes(store: Path) -> None:
-    before = contents(store)
+def test_another_plan_is_refused_and_nothing_changes(broken: Path) -> None:
+    before = contents(broken)
     with pytest.raises(PlanMismatch, match=r"another plan: spp is 256, this render asks for 512; .*--overwrite"):
-        render(tiny(store, spp=512))
-    assert contents(store) == before
+        render(tiny(broken, spp=512))
+    assert contents(broken) == before
 
 
-def test_overwrite_starts_anew(store: Path) -> None:
-    render(tiny(store, spp=64), overwrite=True)
-    assert open_store(store).attrs["plan"]["spp"] == 64
-    assert [path.name for path in store.parent.iterdir()] == [store.name]
+def test_overwrite_starts_anew(broken: Path) -> None:
+    render(tiny(broken, spp=64), overwrite=True)
+    assert open_store(broken).attrs["plan"]["spp"] == 64
+    assert {path.name for path in broken.parent.iterdir()} == {broken.name, beside(broken).name}
 
 
-def test_overwrite_and_a_shard_exclude_each_other(store: Path) -> None:
-    before = contents(store)
+@pytest.mark.parametrize("turn", range(3))
+def test_overwriting_may_be_killed_at_any_step(broken: Path, tmp_path: Path, turn: int) -> None:
+    """The same command again does what it was asked to."""
+    steps = iter(range(turn, -1, -1))
+
+    def work() -> None:
+        def hook(event: str, args: tuple[Any, ...]) -> None:
+            on = str(args[0]) if event in ("os.rename", "os.remove") else ""
+            if on in (str(broken), str(beside(broken))) and next(steps) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        render(tiny(broken, spp=64), overwrite=True)
+
+    assert wait_for(fork(work)) in (-signal.SIGKILL, 0)
+    render(tiny(broken, spp=64), overwrite=True)
+    assert open_store(broken).attrs["plan"]["spp"] == 64
+    assert list(problems(open_store(broken))) == []
+    repair(broken)
+    assert {path.name for path in broken.parent.iterdir()} == {broken.name, beside(broken).name}
+
+
+def test_overwrite_and_a_shard_exclude_each_other(broken: Path) -> None:
+    before = contents(broken)
     with pytest.raises(ConfigError, match="--overwrite and --shard"):
-        render(tiny(store), overwrite=True, shard="0/2")
-    assert contents(store) == before
+        render(tiny(broken), overwrite=True, shard="0/2")
+    assert contents(broken) == before
 
 
 def test_an_empty_folder_is_rendered_into(finished: Path, tmp_path: Path) -> None:
@@ -282,7 +366,7 @@ def test_a_failed_block_is_noted_and_rendered_again(finished: Path, store: Path)
     ledger = open_store(store, allow_incomplete=True).ledger
     assert set(ledger.failed()) == {"depth-0001"}
     assert "noise" in ledger.failed()["depth-0001"]
-    assert ledger.running() == set()
+    assert ledger.running() == {}
     (store / "noise/c/0/1").unlink()
     assert render(tiny(store)).missing() == []
     assert ledger.failed() == {}

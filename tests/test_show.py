@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import doctor
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -35,11 +36,14 @@ def test_missing_kernels_are_black() -> None:
 
 def red_spot(store: Path, field_y: int, field_x: int, row: int, column: int) -> NDArray[np.float64]:
     """Where a sheet (down, right) shows a store's only lit sample, in its longest wavelength."""
-    opened = open_store(store)
-    psf = np.zeros_like(opened.read("psf"))
-    psf[0, 0, field_y, field_x, -1, row, column] = 1
-    opened.write("psf", psf)
-    (page,) = contact_sheets(opened, store.with_suffix(".png"), depth="1m", focus="2m")
+
+    def light(name: str, values: NDArray[np.float32]) -> None:
+        if name == "psf":
+            values[:] = 0
+            values[0, 0, field_y, field_x, -1, row, column] = 1
+
+    doctor(store, 0, light)
+    (page,) = contact_sheets(open_store(store), store.with_suffix(".png"), depth="1m", focus="2m")
     picture = np.asarray(Image.open(page).convert("RGB")).astype(int)
     red = (picture[..., 0] > 200) & (picture[..., 1:] < 60).all(axis=-1)
     assert red.any()

@@ -22,8 +22,8 @@ from psfgen.errors import report
 from psfgen.grid import field_axes
 from psfgen.plan import INVOCATION
 from psfgen.store import open_store, schema
+from psfgen.store.open import format_of, store_class
 from psfgen.store.schema import StoreSpec
-from psfgen.store.zarr_store import ZarrStore
 from psftrain import checkpoint
 from psftrain.config import FitConfig, load_fit_config
 from psftrain.data import Conditioning, Examples, conditioning_of, read_examples
@@ -96,7 +96,7 @@ def make_store(
     settings: Mapping[str, Any] = MappingProxyType({}),
     blocks: Iterable[int] | None = None,
 ) -> Path:
-    """A store as `psfgen render` leaves it, whose kernels are those of `formula`.
+    """A store as `psfgen render` leaves it (HDF5 where the path ends in .h5), whose kernels are those of `formula`.
 
     No light arrives at the places `dark` (indices into focus, depth, row, column, wavelength). `change(name,
     values)` may spoil an array of a block before it is written. `settings`: other keys of the render's config.
@@ -154,14 +154,14 @@ def make_store(
         "centring": "on the chief ray of reference_um",
         "field": "field = pinhole image position / half sensor side",
     }
-    store = ZarrStore.create(path, StoreSpec(coords, attrs))
+    store = store_class(format_of(path)).create(path, StoreSpec(coords, attrs))
     arrays = _arrays(coords, sensor_mm, list(dark), formula, kernel_px, bins)
     for block in range(len(config.depth)) if blocks is None else blocks:
         for name, values in arrays.items():
             at = schema.ARRAY_DIMS[name].index("depth")
             part = values.take([block], axis=at)
             change(name, part)
-            store.write(name, part, depth=slice(block, block + 1))
+            store.write(block, name, part)
         store.commit(block, {"rays": 0, "seconds": 0.0, "host": "test", "versions": attrs["versions"]})
     if not store.missing():
         store.finalise()
