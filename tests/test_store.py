@@ -289,6 +289,36 @@ def test_coordinates_are_read_like_arrays(either: Path, name: str) -> None:
     assert store.read(name, **{dim: 1}) == store.coords[name][1]
 
 
+WITHIN: list[dict[str, slice]] = [{}, {"depth": slice(1, 2)}, {"depth": slice(1, 2), "focus": slice(1, 2)}]
+WITHIN += [{"depth": slice(0, 2), "field_y": slice(1, 3)}, {"field_x": slice(0, 3, 2)}]
+
+
+@pytest.mark.parametrize("index", WITHIN)
+@pytest.mark.parametrize("name", ["psf", "psf_binned", "captured"])
+def test_reading_into_memory_is_reading(either: Path, name: str, index: dict[str, slice]) -> None:
+    """Whole chunks or not, whatever the memory."""
+    store = open_store(either)
+    expected = store.read(name, **index)
+    for out in (np.zeros_like(expected), np.zeros(expected.shape), np.zeros(expected.T.shape, np.float32).T):
+        store.read_into(out, name, **index)
+        assert np.array_equal(out, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("fault", ["flipped", "torn", "empty", "missing"])
+def test_reading_into_memory_refuses_what_reading_does(store: Path, fault: str) -> None:
+    opened, out = open_store(store), open_store(store).read("psf", depth=slice(2, 3), focus=slice(1, 2))
+    data = (store / PSF_CHUNK).read_bytes()
+    if fault == "missing":
+        (store / PSF_CHUNK).unlink()
+    elif fault == "flipped":
+        flip(store / PSF_CHUNK, 0.5)
+    else:
+        (store / PSF_CHUNK).write_bytes(data[:-7] if fault == "torn" else b"")
+    error, message = (StoreIncomplete, "missing chunks") if fault == "missing" else (StoreCorrupt, "psf is corrupt")
+    with pytest.raises(error, match=message):
+        opened.read_into(out, "psf", depth=slice(2, 3), focus=slice(1, 2))
+
+
 # --- what a reader refuses --------------------------------------------------------------------------------------------
 
 

@@ -157,6 +157,10 @@ class Hdf5Store:
             [np.size(at) for at, step in zip(chosen.values(), steps, strict=True) if isinstance(step, slice)]
         )
 
+    def read_into(self, out: NDArray[Any], name: str, **index: slice) -> None:
+        """`read`, into an array of the shape that the slices leave."""
+        out[...] = self.read(name, **index)
+
     def _read_part(self, block: int, name: str, within: tuple[slice, ...]) -> NDArray[Any]:
         path = self._beside / "parts" / f"{self.blocks[block]}.h5"
         with _errors_of(self.path, name):
