@@ -253,7 +253,7 @@ def _read_config(path: str | Path) -> dict[str, Any]:
 
 def _explain(model: type[Config], error: ValidationError, path: str | Path | None) -> str:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "[key]")))
     where = f" in {path}" if path is not None else ""
     if first["type"] == "extra_forbidden":
         known = sorted(_keys_beside(model, first["loc"]))
@@ -263,7 +263,23 @@ def _explain(model: type[Config], error: ValidationError, path: str | Path | Non
         return reason
     if first["type"] == "value_error":
         return f"{key}: {reason}"
-    return f"{key}: {reason[0].lower() + reason[1:]}, got {first['input']!r}"
+    if first["type"] == "string_pattern_mismatch" and (described := _description(model, first["loc"])):
+        reason = f"give {described}"
+    hint = nearest(str(first["input"]), _choices(first["ctx"]["expected"])) if first["type"] == "literal_error" else ""
+    return f"{key}: {reason[0].lower() + reason[1:]}, got {first['input']!r}{hint}"
+
+
+def _choices(expected: str) -> list[str]:
+    """The names in pydantic's list "'a', 'b' or 'c'"."""
+    return expected.split("'")[1::2]
+
+
+def _description(model: type[Config] | None, loc: tuple[int | str, ...]) -> str | None:
+    """What the key at the path `loc` is described as."""
+    for part in loc[:-1]:
+        model = _section(model, str(part))
+    field = model.model_fields.get(str(loc[-1])) if model is not None else None
+    return field.description if field is not None else None
 
 
 def _keys_beside(model: type[Config], loc: tuple[int | str, ...]) -> list[str]:

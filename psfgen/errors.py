@@ -146,10 +146,12 @@ def stop_signals(numbers: Iterable[signal.Signals] = STOP_SIGNALS) -> Iterator[l
             signal.signal(number, old)
 
 
-def progress(total: int, description: str, unit: str, initial: int = 0) -> Any:
-    """A tqdm bar on stderr: redrawn on a terminal, else one line every 30 s."""
+def progress(total: int, description: str, unit: str, initial: int = 0, silent: bool = False) -> Any:
+    """A tqdm bar on stderr: redrawn on a terminal, else one line every 30 s; `silent`: neither."""
     from tqdm import tqdm
 
+    if silent:
+        return tqdm(total=total, initial=initial, disable=True)
     if sys.stderr.isatty():
         return tqdm(total=total, initial=initial, desc=description, unit=unit, dynamic_ncols=True)
     line = "{desc}: {n_fmt}/{total_fmt} " + unit + " [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from psfgen.store.colour import channels_to_rgb, stretch
+from psftrain.checkpoint import write_whole, writing
+
+EVENTS = "events.out.tfevents.*"
+FRAME = 0.35  # grey about a kernel in a picture: most of a kernel is black
 
 
 class Board:
@@ -20,35 +25,82 @@ class Board:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = run / "metrics.jsonl"
-        if self.path.exists():
-            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self.writer: Any = SummaryWriter(str(run / "tb"), purge_step=step + 1 if step else 0)
+        with self._writing():
+            if not step:  # of a run that starts over TensorBoard drops scalars and pictures, but shows texts twice
+                for path in (run / "tb").glob(EVENTS):
+                    path.unlink()
+            _wait_for_another_second(run / "tb")
+            if self.path.exists():
+                text = self.path.read_text(encoding="utf-8", errors="replace")
+                kept = [line for line in text.splitlines() if _step_of(line) <= step]
+                write_whole(self.path, "".join(f"{line}\n" for line in kept).encode())
+            self.writer: Any = SummaryWriter(str(run / "tb"), purge_step=step + 1 if step else 0)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Log scalars by name."""
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        with self._writing():
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
 
     def text(self, name: str, text: str, step: int) -> None:
         """Log a text, shown as it stands."""
-        self.writer.add_text(name, f"```\n{text}\n```", step)
+        with self._writing():
+            self.writer.add_text(name, f"```\n{text}\n```", step)
 
     def kernels(self, name: str, rows: list[Tensor], step: int) -> None:
         """Log a picture: each of `rows` [N, W, y, x] one row of kernels, a column sharing one scale."""
-        self.writer.add_image(name, kernel_table([row.cpu().numpy() for row in rows]), step, dataformats="HWC")
+        with self._writing():
+            self.writer.add_image(name, kernel_table([row.cpu().numpy() for row in rows]), step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Put what was logged on disk: a checkpoint must never be ahead of it."""
+        with self._writing():
+            self.writer.flush()
 
     def close(self) -> None:
         """Flush everything to disk."""
-        self.writer.close()
+        with self._writing():
+            self.writer.close()
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(f"log of {self.path.parent}")
+
+
+class Silent(Board):
+    """The board of a process that writes nothing: one of several, but not the first."""
+
+    def __init__(self) -> None:
+        return
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        return
+
+    def text(self, name: str, text: str, step: int) -> None:
+        return
+
+    def kernels(self, name: str, rows: list[Tensor], step: int) -> None:
+        return
+
+    def flush(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+def _wait_for_another_second(folder: Path) -> None:
+    """TensorBoard reads event files in the order of their names, which begin with the second they were opened in."""
+    stamps = [int(stamp) for path in folder.glob(EVENTS) if (stamp := path.name.split(".")[3]).isdecimal()]
+    while stamps and int(time.time()) <= max(stamps):
+        time.sleep(0.05)
 
 
 def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError):  # a line cut short by a kill
+    except (ValueError, KeyError, TypeError, OverflowError):  # a line cut short by a kill
         return 2**62
 
 
@@ -62,6 +114,7 @@ def kernel_table(rows: list[np.ndarray], zoom: int = 4) -> np.ndarray:
     lines = []
     for picture in pictures:
         tiles = [stretch(tile, peak) for tile, peak in zip(picture, peaks, strict=True)]
-        tiles = [np.pad(tile.repeat(zoom, 0).repeat(zoom, 1), ((1, 1), (1, 1), (0, 0))) for tile in tiles]
+        tiles = [tile.repeat(zoom, 0).repeat(zoom, 1) for tile in tiles]
+        tiles = [np.pad(tile, ((1, 1), (1, 1), (0, 0)), constant_values=FRAME) for tile in tiles]
         lines.append(np.concatenate(tiles, axis=1))
     return np.concatenate(lines, axis=0)

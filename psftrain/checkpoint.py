@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,7 @@ import torch
 
 from psfgen.errors import FitError, RunMismatch
 
+log = logging.getLogger(__name__)
 NAME = re.compile(r"step-(\d{8})\.pt")
 
 
@@ -20,33 +26,70 @@ def path_of(run: Path, step: int) -> Path:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint by temp file and rename."""
+    """Write a checkpoint whole or not at all. Raises FitError where it cannot, and leaves nothing of it."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)  # of a full disk torch makes errors that say nothing
+    with writing(f"checkpoint {path}"):
+        write_whole(path, buffer.getvalue())  # getbuffer() in an error's traceback crashes Python 3.12.1
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that whoever is killed leaves the one before or the new one. Raises OSError."""
     temporary = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Raise FitError where the disk does not take `what`."""
+    try:
+        yield
     except OSError as error:
-        raise FitError(f"checkpoint {path} cannot be written: {error.strerror}") from None
+        raise FitError(
+            f"{what} cannot be written: {error.strerror}; what was saved before is kept, the same command goes on"
+        ) from None
 
 
 def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint: plain data and tensors only. Raises RunMismatch where it is none."""
+    """Read a checkpoint: plain data and tensors only. Raises RunMismatch where it is none, or not as it was written."""
     try:
+        with zipfile.ZipFile(path) as parts:
+            if (broken := parts.testzip()) is not None:  # torch does not look at the checksums that it writes
+                raise zipfile.BadZipFile(f"{broken} does not have the checksum it was written with")
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise RunMismatch(f"checkpoint {path} does not exist") from None
     except Exception as error:  # torch raises many kinds for a broken file
         reason = " ".join(str(error).split())[:120]
-        raise RunMismatch(
-            f"checkpoint {path} cannot be read ({reason}); delete it to go on from the one before"
-        ) from None
-    if not isinstance(state, dict) or not {"model", "step", "config", "fingerprint"} <= state.keys():
-        raise RunMismatch(f"checkpoint {path} is not one of psftrain's")
+        raise RunMismatch(f"checkpoint {path} cannot be read ({reason})") from None
+    if not isinstance(state, dict) or not {"model", "step", "config", "fingerprint", "ended"} <= state.keys():
+        raise RunMismatch(f"checkpoint {path} is not one of psftrain's, or of an older version; train the run anew")
     return state
+
+
+def newest(run: Path) -> dict[str, Any] | None:
+    """The last checkpoint of a run that can be read, which is the last unless somebody cut it short; None without any.
+
+    Raises RunMismatch where there are some and none can be read.
+    """
+    found = steps(run)
+    for step in reversed(found):
+        try:
+            return load(path_of(run, step))
+        except RunMismatch as error:
+            if step == found[0]:
+                raise
+            log.warning("%s; the one before is used", error)
+    return None
 
 
 def steps(run: Path) -> list[int]:
@@ -56,6 +99,7 @@ def steps(run: Path) -> list[int]:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints."""
-    for step in steps(run)[:-keep]:
-        path_of(run, step).unlink(missing_ok=True)
+    """Delete all but the last `keep` checkpoints, and what a killed process had begun to write."""
+    left = (run / "checkpoints").glob(".*.pt.tmp")
+    for path in [*left, *(path_of(run, step) for step in steps(run)[:-keep])]:
+        path.unlink(missing_ok=True)

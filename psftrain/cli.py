@@ -21,7 +21,13 @@ def main() -> None:
     """Entry point of the console script."""
     # Threads that spin while they wait make training crawl on a machine with other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.exit(report(lambda: cli(standalone_mode=False, prog_name="psftrain")))
+    # Of several processes the first alone answers: standard output is one document.
+    argv = sys.argv[1:] if _first() else [word for word in sys.argv[1:] if word != "--json"]
+    sys.exit(report(lambda: cli(standalone_mode=False, prog_name="psftrain"), argv=argv))
+
+
+def _first() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 @click.group(
@@ -36,6 +42,8 @@ def cli(context: click.Context) -> None:
     psftrain fit                                train on psfs.zarr into runs/fit
     psftrain eval --store heldout.zarr          does it beat interpolation on points it never saw?
     psftrain sample runs/fit --grid 50 --depth 10m --focus 10m --out field.npz
+    psftrain show                               how far is the newest run? curves as a picture
+    psftrain export runs/fit                    the model for other programs: safetensors, ONNX, torch.export
 
     Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 incomplete, 75 stopped with the work saved.
     """  # noqa: D301  (click reads the escape)
@@ -55,6 +63,7 @@ def common(command: Command) -> Command:
 @click.option("--store", multiple=True, metavar="STORE", help="Store to train on; may be repeated. [psfs.zarr]")
 @click.option("--run", metavar="DIR", help="Run directory. [runs/fit]")
 @click.option("--val", metavar="STORE", help="Store of other points for validation; never the one eval judges on.")
+@click.option("--init", metavar="RUN", help="Start from the weights of another run.")
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set any config key; the value is YAML.")
 @click.option("--no-resume", is_flag=True, help="Refuse a run directory that is not empty.")
 @common
@@ -63,6 +72,7 @@ def fit(
     store: tuple[str, ...],
     run: str | None,
     val: str | None,
+    init: str | None,
     sets: tuple[str, ...],
     no_resume: bool,
     verbose: bool,
@@ -70,17 +80,21 @@ def fit(
 ) -> int:
     """Train a model; run it again to go on where it stopped.
 
+    In several processes, one a GPU: torchrun --standalone --nproc-per-node N -m -- psftrain fit ...
+
     CONFIG is a YAML file, such as configs/fit/field.yaml; options win over --set, --set over CONFIG.
     """
     from psftrain.config import load_fit_config
 
-    given = [("store", list(store) or None), ("run", run), ("val", val)]
+    given = [("store", list(store) or None), ("run", run), ("val", val), ("init", init)]
     job = load_fit_config(config, [*sets, *((key, value) for key, value in given if value is not None)])
 
     from psftrain.fit import fit as train
 
     done = train(job, resume=not no_resume)
-    scores = ", ".join(f"{name} {value:.4g}" for name, value in done.metrics.items() if name in SHOWN)
+    if not _first():
+        return 0
+    scores = ", ".join(f"{name} {done.metrics[name]:.4g}" for name in SHOWN if name in done.metrics)
     worked = f"{done.step} steps in {done.seconds:.0f} s" if done.seconds else f"{done.step} steps, nothing to do"
     text = f"{done.run}: {worked}" + (f"; {scores}" if scores else "")
     text += f"\nwatch it: tensorboard --logdir {done.run}/tb; judge it: psftrain eval {done.run} --store HELDOUT"
@@ -114,7 +128,7 @@ def evaluate(
 
     trained = runs.load_run(Path(run) if run else runs.newest())
     found = score(trained, store, baselines=not no_baselines)
-    advice = heldout_command(open_store(trained.config.store[0]))
+    advice = heldout_command(open_store(trained.config.store[0]), trained.path)
     paths = reports.write(found, Path(out) if out else trained.path / "eval", advice)
     if as_json:
         click.echo(json_text({**found.report, "command": "eval", "ok": True, "paths": _texts(paths)}))
@@ -158,6 +172,54 @@ def sample(
     kernels = sampling.sample(trained, points)
     sampling.write(Path(out), trained, kernels, points, shape)
     _answer("sample", {"paths": {"out": out}, "kernels": len(points)}, f"{out}: {len(points)} points", as_json)
+    return 0
+
+
+@cli.command()
+@click.argument("run", required=False)
+@click.option("--out", metavar="PNG", help="Where the curves go. [RUN/curves.png]")
+@common
+def show(run: str | None, out: str | None, verbose: bool, as_json: bool) -> int:
+    """Say how far a run is and how well it does, and draw its curves.
+
+    RUN is a run directory; without it the newest in runs/.
+    """
+    from psftrain import show as showing
+    from psftrain.run import newest
+
+    folder = Path(run) if run else newest()
+    log = showing.read_log(folder)
+    state = showing.state(folder, log)
+    curves = None
+    if log.scalars:
+        from psftrain.curves import draw
+
+        curves = draw(log, showing.title(state), Path(out) if out else folder / "curves.png")
+    paths = {"run": str(folder), **({"curves": str(curves)} if curves else {})}
+    _answer("show", {**state, "paths": paths}, showing.as_text(state, curves), as_json)
+    return 0
+
+
+@cli.command()
+@click.argument("run")
+@click.option(
+    "--format", "formats", multiple=True, metavar="NAME", help="safetensors, onnx or torch; may be repeated. [all]"
+)
+@click.option("--out", metavar="DIR", help="Where the files go. [RUN/export]")
+@common
+def export(run: str, formats: tuple[str, ...], out: str | None, verbose: bool, as_json: bool) -> int:
+    """Write a model for other programs: field, depth, focus -> kernel (prior mean).
+
+    A former export is replaced. Each file is read again and compared with the model first.
+    """
+    from psftrain.export import export as write
+    from psftrain.run import load_run
+
+    done = write(load_run(Path(run)), formats, Path(out) if out else Path(run) / "export")
+    lines = [f"{done.paths['config']}: inputs, outputs, units"]
+    lines += [f"{done.paths[name]}: differs from the model by at most {d:.2g}" for name, d in done.differences.items()]
+    document = {"paths": _texts(done.paths), "differences": done.differences}
+    _answer("export", document, "\n".join(lines), as_json)
     return 0
 
 

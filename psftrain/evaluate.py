@@ -1,14 +1,16 @@
 """Whether a model beats interpolation, on points neither has seen.
 
-Legend: Q points of one held-out slice (store, focus, depth), W wavelengths, y x bins.
+Legend: Q points of one held-out slice (store, copy, depth, focus), W wavelengths, y x bins.
 """
 
 from __future__ import annotations
 
+import logging
 import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from psfgen.config import RenderConfig
-from psfgen.errors import RunMismatch, progress
-from psfgen.store import Store
+from psfgen.errors import PsfError, RunMismatch, progress
+from psfgen.store import Store, open_store
 from psfgen.store.schema import plain
 from psftrain import metrics
 from psftrain.baselines import CLASSICAL, Nodes, Query, brackets, nothing
 from psftrain.data import (
+    COLUMN,
+    DEPTH,
+    FOCUS,
+    ROW,
+    STORE,
     Examples,
     fingerprint,
     open_stores,
@@ -33,7 +40,9 @@ from psftrain.data import (
 from psftrain.losses import ACTIVE_NATS, kl_per_dim
 from psftrain.run import Trained
 
+log = logging.getLogger(__name__)
 Array = NDArray[np.float64]
+Distances = dict[str, NDArray[np.int64]]
 Predict = Callable[[Examples, NDArray[np.int64]], Array]
 MODEL_ROWS = ("prior_mean", "prior_sample", "posterior")
 SCORES = ("rel_l2", "centroid_px", "rms_radius", "ee50", "ee80", "mtf")
@@ -62,20 +71,29 @@ def evaluate(trained: Trained, heldout: str | None, *, baselines: bool = True) -
     array = trained.config.data.array
     train_stores = open_stores(trained.config.store, array)
     for store in train_stores:
-        require_same(trained.fingerprint, fingerprint(store, array), f"training store {store.path}")
+        require_same(trained.fingerprint, fingerprint([store], array), f"training store {store.path}")
     everything = read_examples(train_stores, trained.conditioning, array)
-    train, _ = withhold(everything, trained.config.data.val, trained.config.seed)
+    train = everything.of(withhold(everything.places, trained.config.data, trained.config.seed)[0])
     held, held_stores = (train, train_stores) if heldout is None else _held(trained, heldout)
     unseen = heldout is not None and not _all_trained_on(train_stores, held_stores)
+    if unseen and _chose_the_best(trained, held_stores[0]):
+        log.warning(
+            "%s is the validation store that the best checkpoint was chosen by, which flatters the model; judge it by "
+            "another",
+            heldout,
+        )
 
     rows: dict[str, Predict] = {}
-    if baselines and len(train_stores) == 1:
-        rows |= _classical_rows(train_stores[0], train, held_stores)
+    without = _why_no_baselines(train_stores) if baselines else None
+    if baselines and without is None:
+        rows |= _classical_rows(train_stores[0], train, _kept(train_stores[0], everything, train), held_stores)
     rows |= _model_rows(trained)
 
     slices = [numbers[numbers >= 0].numpy() for numbers in held.slices]
     predictions, ms_per_psf = _predict(rows, held, [numbers for numbers in slices if len(numbers)])
     scored = np.all([np.isfinite(found[:, 0, 0, 0]) for found in predictions.values()], axis=0)
+    if unseen:  # points that a held-out store shares with a training store would flatter every row
+        scored &= ~_trained_on(train_stores, held_stores, held)
     if not scored.any():
         raise RunMismatch("no held-out point can be answered by every row; render points inside the training grid")
     truth = held.kernels.numpy().astype(np.float64)[scored]
@@ -100,6 +118,7 @@ def evaluate(trained: Trained, heldout: str | None, *, baselines: bool = True) -
         "held_out": unseen,
         "n": int(scored.sum()),
         "n_masked": held.masked + int((~scored).sum()),
+        "no_baselines": without,
         "best_classical": best,
         "beats_best_classical": None if best is None else bool(_mean(table, "prior_mean") < _mean(table, best)),
         "model": trained.config.model.name,
@@ -107,7 +126,7 @@ def evaluate(trained: Trained, heldout: str | None, *, baselines: bool = True) -
         "kl_nats": float(kl.sum()),
         "active_dims": int((kl > ACTIVE_NATS).sum()),
         "latent_dims": trained.model.latent,
-        "loss": {"recon": dict(trained.config.loss.recon), "beta": trained.config.loss.beta},
+        "loss": plain(trained.config.loss.model_dump()),
         "rows": table,
     }
     if len(report["train_store"]) == 1:
@@ -119,10 +138,18 @@ def evaluate(trained: Trained, heldout: str | None, *, baselines: bool = True) -
     distances = np.array(
         [
             (held_stores[store].coords["depth"][depth], held_stores[store].coords["focus"][focus])
-            for store, focus, depth in held.index[where, :3]
+            for store, _, focus, depth in held.index[where, :4]
         ]
     )
     return Evaluation(report, truth, field.astype(np.float64), distances, pictures, shown, errors)
+
+
+def _why_no_baselines(stores: list[Store]) -> str | None:
+    """Why interpolation over the field has no single set of nodes, or None."""
+    if len(stores) > 1:
+        return "they take one training store"
+    copies = len(stores[0].coords.get("copy", [0]))
+    return f"they take one specimen, the training store holds {copies} copies" if copies > 1 else None
 
 
 def _mean(table: dict[str, Any], name: str) -> float:
@@ -133,7 +160,7 @@ def _held(trained: Trained, path: str) -> tuple[Examples, list[Store]]:
     array = trained.config.data.array
     stores = open_stores([path], array)
     what = f"held-out store {path}"
-    require_same(trained.fingerprint, fingerprint(stores[0], array), what)
+    require_same(trained.fingerprint, fingerprint(stores, array), what)
     coords = stores[0].coords
     trained.conditioning.require(coords["depth_dioptre"], coords["focus_dioptre"], what)
     reach = max(np.abs(coords["field_x"]).max(), np.abs(coords["field_y"]).max())
@@ -149,9 +176,44 @@ def _all_trained_on(train_stores: list[Store], held_stores: list[Store]) -> bool
     """Whether every held-out place, lit or not, is a place of one of the training stores."""
     axes = ("field_x", "field_y", "depth", "focus")
     return all(
-        any(all(np.isin(held.coords[axis], train.coords[axis]).all() for axis in axes) for train in train_stores)
+        any(
+            all(np.isin(held.coords[axis], train.coords[axis]).all() for axis in axes)
+            for train in _of_the_same_specimens(train_stores, held)
+        )
         for held in held_stores
     )
+
+
+def _of_the_same_specimens(train_stores: list[Store], held: Store) -> list[Store]:
+    """The training stores of the lens, and of the very copies of it, that a held-out store is of."""
+
+    def specimens(store: Store) -> tuple[Any, ...]:
+        return fingerprint([store], "psf")["lenses"], store.attrs.get("as_built")
+
+    return [train for train in train_stores if specimens(train) == specimens(held)]
+
+
+def _chose_the_best(trained: Trained, held: Store) -> bool:
+    if trained.config.val is None:
+        return False
+    try:
+        return bool(open_store(trained.config.val).attrs["plan_sha256"] == held.attrs["plan_sha256"])
+    except PsfError:  # it is not there any more
+        return False
+
+
+def _trained_on(train_stores: list[Store], held_stores: list[Store], held: Examples) -> NDArray[np.bool_]:
+    """Which held-out examples [M] are of a place of a training store."""
+    columns = (("field_x", COLUMN), ("field_y", ROW), ("depth", DEPTH), ("focus", FOCUS))
+    found = np.zeros(len(held), dtype=bool)
+    for number, store in enumerate(held_stores):
+        for train in _of_the_same_specimens(train_stores, store):
+            shared = held.index[:, STORE] == number
+            for axis, column in columns:
+                at = np.flatnonzero(np.isin(store.coords[axis], train.coords[axis]))
+                shared &= np.isin(held.index[:, column], at)
+            found |= shared
+    return found
 
 
 def _predict(
@@ -172,17 +234,31 @@ def _predict(
     return predictions, {name: 1000 * total / len(held) for name, total in seconds.items()}
 
 
-def _classical_rows(store: Store, train: Examples, held_stores: list[Store]) -> dict[str, Predict]:
+def _kept(store: Store, everything: Examples, train: Examples) -> Distances:
+    """The depths and focus distances of a store that were not withheld whole, as indices."""
+    found = {}
+    for name, column in (("focus", FOCUS), ("depth", DEPTH)):
+        withheld = np.setdiff1d(everything.index[:, column], train.index[:, column])
+        found[name] = np.setdiff1d(np.arange(len(store.coords[name])), withheld)
+    return found
+
+
+def _classical_rows(store: Store, train: Examples, kept: Distances, held_stores: list[Store]) -> dict[str, Predict]:
     side = min(len(store.coords["field_y"]), len(store.coords["field_x"]))
     return {
-        name: _classical(how, store, train, held_stores) for name, (how, needed) in CLASSICAL.items() if side >= needed
+        name: _classical(how, store, train, kept, held_stores)
+        for name, (how, needed) in CLASSICAL.items()
+        if side >= needed
     }
 
 
-def _classical(how: Callable[[Nodes], Query], store: Store, train: Examples, held_stores: list[Store]) -> Predict:
-    """A classical row over every depth and focus."""
+def _classical(
+    how: Callable[[Nodes], Query], store: Store, train: Examples, kept: Distances, held_stores: list[Store]
+) -> Predict:
+    """A classical row over every depth and focus, interpolating between those that were not withheld."""
     shape = tuple(train.kernels.shape[1:])
-    depths = len(store.coords["depth"])
+    focuses = len(store.coords["focus"])
+    dioptres = {name: store.coords[f"{name}_dioptre"][at] for name, at in kept.items()}
     queries: dict[int, Query] = {}
 
     def query(number: int) -> Query:
@@ -195,13 +271,14 @@ def _classical(how: Callable[[Nodes], Query], store: Store, train: Examples, hel
         return queries[number]
 
     def predict(held: Examples, numbers: NDArray[np.int64]) -> Array:
-        which, focus, depth = held.index[numbers[0], :3]
+        which, _, focus, depth = held.index[numbers[0], :4]
         coords = held_stores[which].coords
-        yx = np.stack([coords["field_y"][held.index[numbers, 3]], coords["field_x"][held.index[numbers, 4]]], axis=-1)
+        yx = np.stack([coords["field_y"][held.index[numbers, ROW]], coords["field_x"][held.index[numbers, COLUMN]]], -1)
         total = np.zeros((len(numbers), int(np.prod(shape))))
-        for f, of_focus in brackets(store.coords["focus_dioptre"], coords["focus_dioptre"][focus]):
-            for d, of_depth in brackets(store.coords["depth_dioptre"], coords["depth_dioptre"][depth]):
-                total += of_focus * of_depth * query(f * depths + d)(yx)
+        for f, of_focus in brackets(dioptres["focus"], coords["focus_dioptre"][focus]):
+            for d, of_depth in brackets(dioptres["depth"], coords["depth_dioptre"][depth]):
+                slice_ = int(kept["depth"][d] * focuses + kept["focus"][f])
+                total += of_focus * of_depth * query(slice_)(yx)
         return total.reshape(len(numbers), *shape)
 
     return predict
@@ -249,8 +326,8 @@ def _spread(error: Array, count: int = 6) -> NDArray[np.int64]:
     return np.asarray(order[np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)])
 
 
-def heldout_command(store: Store) -> str:
-    """The command that renders a held-out store for a training store, and judges on it."""
+def heldout_command(store: Store, run: Path) -> str:
+    """The command that renders a held-out store for a training store, and judges a run on it."""
     config = store.attrs["config"]
     defaults = plain(RenderConfig().model_dump())
     keys = (
@@ -270,7 +347,7 @@ def heldout_command(store: Store) -> str:
     )
     words = [f"--{key.replace('_', '-')} {_word(config[key])}" for key in keys if config.get(key) != defaults[key]]
     options = " ".join(["--layout cells", *words])
-    return f"psfgen render {options} --out heldout.zarr && psftrain eval --store heldout.zarr"
+    return f"psfgen render {options} --out heldout.zarr && psftrain eval {shlex.quote(str(run))} --store heldout.zarr"
 
 
 def _word(value: Any) -> str:

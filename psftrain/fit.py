@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-import math
-import os
+import logging
 import signal
-import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
-from psfgen.errors import STOP_SIGNALS, ConfigError, FitError, Preempted, progress, stop_signals
+from psfgen.errors import STOP_SIGNALS, ConfigError, FitError, Preempted, RunMismatch, progress, stop_signals
+from psfgen.store import Store
 from psfgen.store.schema import plain
-from psftrain import checkpoint
+from psftrain import advice, schedules
 from psftrain import run as runs
-from psftrain.board import Board
+from psftrain.board import Board, Silent
+from psftrain.clock import Clock
+from psftrain.conditioning import Conditioning, conditioning_document, conditioning_of
 from psftrain.config import FitConfig
-from psftrain.data import (
-    Conditioning,
-    Examples,
-    conditioning_document,
-    conditioning_of,
-    fingerprint,
-    neighbour_pairs,
-    open_stores,
-    read_examples,
-    require_same,
-    withhold,
-)
-from psftrain.losses import Objective
+from psftrain.data import Places, catalogue, fingerprint, open_stores, require_same, withhold
+from psftrain.ddp import Ranks, join
+from psftrain.feed import Feed
+from psftrain.keeper import Keeper
+from psftrain.losses import ACTIVE_NATS, Objective
 from psftrain.models import model_class
-from psftrain.order import Order, learning_rate
+from psftrain.order import Order
+from psftrain.sources import Source, chosen_mode, open_source
+from psftrain.step import Graphed, Stepper, Terms
+from psftrain.validation import Look
 
-PICTURES = 12
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,189 +47,226 @@ class Fitted:
 
 
 def fit(config: FitConfig, *, resume: bool = True) -> Fitted:
-    """Train `config` into its run directory, or go on where the run stopped.
+    """Train `config` into its run directory, or go on where the run stopped; under torchrun, in every process.
 
     Raises RunMismatch where the directory holds a run of another config or (without `resume`) any run,
     FitError where the loss is no longer finite, Preempted where a signal stopped it, with the work saved.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    with stop_signals((*STOP_SIGNALS, signal.SIGINT)) as stopped, join(config.device) as ranks:
+        run, task = Path(config.run), _task(config, ranks)
+        with ExitStack() as held:
+            # Claimed before it is looked at: another process may be writing another config's run into it.
+            ranks.from_first(lambda: held.enter_context(runs.claimed(run)))
+            state = ranks.from_first(lambda: runs.last_state(run, config, task.identity, resume=resume))
+            if state is not None and (state["step"] >= config.steps or state["ended"]):
+                return Fitted(run, state["step"], ranks.from_first(lambda: runs.finish(run, state["step"])), 0.0)
+            with _memory(ranks.device):
+                return _train(config, run, ranks, task, state, stopped)
+
+
+@contextmanager
+def _memory(device: torch.device) -> Iterator[None]:
+    """Raise FitError where memory does not suffice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "can't allocate memory" not in str(error):  # of a CPU it has no class of its own
+            raise
+        raise FitError(
+            f"the memory of {device} is too small for this run; what was saved before is kept, try --set accumulate=2 "
+            "or a smaller batch or model.width in another --run"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is to be learned: the stores, which of their places are trained on, what makes the run what it is."""
+
+    stores: list[Store]
+    conditioning: Conditioning
+    everything: Places
+    train: Places
+    val: Places | None
+    split: dict[str, Any]
+    identity: dict[str, Any]
+
+
+def _task(config: FitConfig, ranks: Ranks) -> _Task:
+    withheld = [key for key in ("val", "val_depth", "val_focus") if getattr(config.data, key)]
+    if config.val is not None and withheld:
         raise ConfigError(
-            f"WORLD_SIZE {os.environ['WORLD_SIZE']}: psftrain trains in one process; start one, not several"
+            f"val and data.{withheld[0]} exclude each other: give a store of other points, or withhold a part of these"
         )
-    run = Path(config.run)
-    device = torch.device(resolve_device(config.device))
+    if config.patience is not None and config.val is None and not withheld:
+        raise ConfigError("patience needs points to validate on; give --val STORE or --set data.val=0.05")
     stores = open_stores(config.store, config.data.array)
     conditioning = conditioning_of(stores)
-    train, val = withhold(read_examples(stores, conditioning, config.data.array), config.data.val, config.seed)
-    expected = fingerprint(stores[0], config.data.array)
+    everything = catalogue(stores, conditioning, config.data.array)
+    train, val, split = withhold(everything, config.data, config.seed)
+    if config.batch > len(train):
+        raise ConfigError(f"batch {config.batch} is larger than the {len(train)} examples; --set batch={len(train)}")
+    parts = ranks.world * config.accumulate
+    if config.batch % parts:
+        raise ConfigError(
+            f"batch {config.batch} does not fall into {parts} equal parts ({ranks.world} "
+            f"process{'es' * (ranks.world > 1)} x accumulate {config.accumulate}); "
+            f"--set batch={max(1, config.batch // parts) * parts}"
+        )
     identity = {
-        "fingerprint": expected,
+        "fingerprint": fingerprint(stores, config.data.array),
         "plan_sha256": [store.attrs["plan_sha256"] for store in stores],
         "conditioning": conditioning_document(conditioning),
     }
-    if config.val is not None:
-        val = _validation_set(config, conditioning, expected)
-    if config.batch > len(train):
-        raise ConfigError(f"batch {config.batch} is larger than the {len(train)} examples; --set batch={len(train)}")
-    state = runs.last_state(run, config, identity, resume=resume)
-    if state is not None and state["step"] >= config.steps:
-        return Fitted(run, state["step"], runs.finish(run), 0.0)
+    return _Task(stores, conditioning, everything, train, val, split, identity)
+
+
+def _train(
+    config: FitConfig, run: Path, ranks: Ranks, task: _Task, state: dict[str, Any] | None, stopped: list[str]
+) -> Fitted:
+    device, dtype = ranks.device, torch.float64 if config.precision == "float64" else torch.float32
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    source, order = _source(config, ranks, task, state)
+    held = _validation_set(config, task, source)
+    look = Look((task.train, source), held, device, dtype)
 
     torch.manual_seed(config.seed)
-    channels, rows, columns = train.kernels.shape[1:]
-    model = model_class(config.model.name)(config.model, (channels, rows, columns), conditioning)
-    objective = Objective(model, config.loss).to(device)
-    optimizer = torch.optim.Adam(objective.parameters(), lr=config.lr, fused=True)
-    step, best = 0, math.inf
+    model = model_class(config.model.name)(config.model, task.everything.shape, task.conditioning).to(device, dtype)
+    if config.init is not None and state is None:
+        runs.initial_weights(Path(config.init), model, config.model)
+    objective = Objective(model, config.loss, mean_over_ranks=ranks.mean)
+    if config.compile:
+        objective.compile()
+    stepper = Stepper(ranks.wrap(objective), model, config, device)
+    take = Graphed(stepper) if device.type == "cuda" and config.graph and ranks.world == 1 else stepper
+    feed = Feed(config, task.train, source, order, ranks, model.latent)
+
+    step = first = state["step"] if state else 0
+    facts: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "processes": ranks.world}
+    facts |= {"examples": len(task.train), "masked": task.everything.masked, "split": task.split}
+    facts["validation"] = 0 if held is None else len(held[0])
+    if ranks.first:
+        runs.prepare(run, config, task.identity, {**facts, "data_mode": source.mode})
+    board = Board(run, step) if ranks.first else Silent()
+    keeper = Keeper(run, config, ranks, stepper, board, {"data_mode": source.mode, **task.identity})
     if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, best = state["step"], state["best"]
-    runs.prepare(run, config, identity, train, model)
-    board = Board(run, step)
-    if not step:
+        keeper.load(state)
+        _say_how_it_goes_on(run, state, ranks)
+    else:
         board.text("config", yaml.safe_dump(plain(config.model_dump()), sort_keys=False), 0)
-        _pictures(board, objective, train, val, 0, device)
+        look.draw(board, stepper.best_guess, 0)
 
-    order = Order(config.seed, len(train), config.batch)
-    kernels, condition = train.kernels.to(device), train.condition.to(device)
-    smooth = _smoothness(train, device) if config.loss.smooth else []
     metrics: dict[str, float] = {}
-    terms: dict[str, Tensor] = {}
-    first, started = step, time.monotonic()
-
-    best_path = run / "checkpoints" / "best.pt"
-
-    def save(path: Path) -> None:
-        training = {"optimizer": optimizer.state_dict(), "scheduler": {"name": config.schedule}, "ema": None}
-        document = {"step": step, "best": best, "config": plain(config.model_dump()), **identity}
-        checkpoint.save(path, {"model": model.state_dict(), **training, **document})
-
-    def save_step() -> None:
-        if terms:
-            _require_finite(terms["total"], step)
-        if val is None or not best_path.exists():  # without validation best = last
-            save(best_path)
-        save(checkpoint.path_of(run, step))
-        checkpoint.prune(run, config.keep)
-
-    bar = progress(config.steps, f"fit {config.model.name}", "step", initial=step)
-    with stop_signals((*STOP_SIGNALS, signal.SIGINT)) as stopped:
-        try:
-            while step < config.steps:
-                batch = order.batch(step).to(device)
-                noise, slice_number = order.noise(step, model.latent, len(smooth))
-                places, pairs = smooth[slice_number] if smooth else (condition[:0], batch[:0, None])
-                optimizer.param_groups[0]["lr"] = learning_rate(config, step)
-                terms = objective(kernels[batch], condition[batch], noise.to(device), places, pairs)
-                optimizer.zero_grad(set_to_none=True)
-                torch.autograd.backward(terms["total"])
-                if config.clip is not None:
-                    torch.nn.utils.clip_grad_norm_(objective.parameters(), config.clip)
-                optimizer.step()
-                step += 1
-                bar.update()
-                last = step == config.steps
-                if step % config.log_every == 0 or last:
-                    metrics = _metrics(terms, step)
-                    metrics |= {"train/lr": optimizer.param_groups[0]["lr"]}
-                    metrics |= {"train/steps_per_s": (step - first) / (time.monotonic() - started)}
-                    board.scalars(metrics, step)
-                    bar.set_postfix_str(
-                        f"recon {metrics['loss/recon']:.3f}, kl {metrics['loss/kl']:.2f}", refresh=False
-                    )
+    warnings = advice.Warnings(config, model.latent)
+    clock = Clock(step, config.batch, device)
+    ended, caught = False, None
+    bar = progress(config.steps, f"fit {config.model.name}", "step", initial=step, silent=not ranks.first)
+    try:
+        while step < config.steps and not (ended or caught):
+            with clock.data():
+                parts = feed(step)
+            stepper.set_rate(schedules.learning_rate(config, step))
+            terms = take(parts)
+            step += 1
+            bar.update()
+            last = step == config.steps
+            if step % config.log_every == 0 or last:
+                stepper.require_finite(ranks, first, step)
+                metrics = {**_scalars(ranks, terms), **_schedule(config, step), **clock.rates(step)}
+                board.scalars(metrics, step)
+                warnings.of_collapse(metrics, step)
+                bar.set_postfix_str(f"recon {metrics['loss/recon']:.3f}, kl {metrics['loss/kl']:.2f}", refresh=False)
+            with clock.aside():
                 if step % config.val_every == 0 or last:
-                    _pictures(board, objective, train, val, step, device)
-                    if val is not None:
-                        found = validate(objective, val, device)
+                    look.draw(board, stepper.best_guess, step)
+                    if held is not None:
+                        found = look.errors(stepper.best_guess, ranks)
                         board.scalars(found, step)
+                        warnings.of_overfit(found)
                         metrics |= found
-                        if found["val_prior/rel_l2"] < best:
-                            best = found["val_prior/rel_l2"]
-                            save(best_path)
-                if not last and (stopped or step % config.save_every == 0):
-                    save_step()
-                if stopped and not last:
-                    raise Preempted(f"{stopped[0]} after step {step}; saved, the same command goes on")
-            save_step()
-        finally:
-            bar.close()
-            board.close()
-    runs.finish(run, metrics)
-    return Fitted(run, step, metrics, time.monotonic() - started)
+                        keeper.judge(found["val_prior/rel_l2"], step)
+                        ended = keeper.out_of_patience(step)
+                caught = ranks.agree_to_stop(step, stopped)
+                if step % config.save_every == 0 and not (last or ended or caught):
+                    stepper.require_finite(ranks, first, step)
+                    keeper.save(step)
+        over = ended or step == config.steps
+        stepper.require_finite(ranks, first, step)
+        keeper.save(step, ended=over)
+    finally:
+        bar.close()
+        board.close()
+        source.close()
+    if not over:
+        raise Preempted(f"{caught} after step {step}; saved, the same command goes on")
+    if ranks.first:
+        metrics = runs.finish(run, step)
+    if ended and step < config.steps:
+        told = (step, keeper.best_step, keeper.best)
+        log.warning(
+            "stopped early at step %d: nothing better since step %d (val_prior/rel_l2 %.4g), which is kept", *told
+        )
+    return Fitted(run, step, metrics, clock.seconds)
 
 
-def validate(objective: Objective, val: Examples, device: torch.device) -> dict[str, float]:
-    """Mean relative L2 error of the prior-mean path and of the posterior path on a validation set."""
-    errors: dict[str, list[Tensor]] = {"prior": [], "posterior": []}
-    model = objective.model
-    with torch.no_grad():
-        for start in range(0, len(val), 512):
-            kernels = val.kernels[start : start + 512].to(device)
-            condition = val.condition[start : start + 512].to(device)
-            for name, latent in (
-                ("prior", model.prior(condition)),
-                ("posterior", model.posterior(kernels, condition)),
-            ):
-                difference = (model.decode(latent.mean, condition) - kernels).flatten(1).norm(dim=-1)
-                errors[name].append(difference / kernels.flatten(1).norm(dim=-1))
-    return {f"val_{name}/rel_l2": float(torch.cat(parts).mean()) for name, parts in errors.items()}
+def _source(config: FitConfig, ranks: Ranks, task: _Task, state: dict[str, Any] | None) -> tuple[Source, Order]:
+    """Where kernels come from, and the order that it can serve; that of the run's beginning where it goes on."""
+    before = state["data_mode"] if state else None
+    mode = ranks.from_first(lambda: chosen_mode(task.stores, task.everything, config.data, ranks.device))
+    if config.data.mode == "auto" and "stream" in (before, mode):
+        mode = before or mode
+    source = open_source(task.stores, task.everything, config.data.model_copy(update={"mode": mode}), ranks.device)
+    if before and "stream" in (before, source.mode) and source.mode != before:
+        raise RunMismatch(
+            f"{config.run} began with data.mode {before}, which gives the examples in another order than "
+            f"{source.mode}; --set data.mode={before} goes on"
+        )
+    if config.loss.smooth and config.loss.smooth_on == "posterior_mean" and source.mode == "stream":
+        raise ConfigError(
+            "loss.smooth_on posterior_mean needs the kernels of neighbours, which data.mode stream does not hold; use "
+            "loss.smooth_on prior_mean or data.mode memmap"
+        )
+    if source.mode != "resident":
+        log.warning("kernels: %s", source.why)
+    return source, source.order(task.train, config.seed, config.batch)
 
 
-def resolve_device(name: str) -> str:
-    """`auto` as the device that is here. Raises ConfigError for a GPU that is not."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {name} is not here ({torch.cuda.device_count()} GPUs found); use device cpu")
-    return name
-
-
-def _validation_set(config: FitConfig, conditioning: Conditioning, expected: dict[str, Any]) -> Examples:
-    assert config.val is not None
-    if config.data.val:
-        raise ConfigError("val and data.val exclude each other: give a validation store or withhold a share")
+def _validation_set(config: FitConfig, task: _Task, source: Source) -> tuple[Places, Source] | None:
+    """The places validated on, and where their kernels come from."""
+    if config.val is None:
+        return None if task.val is None else (task.val, source)
+    what = f"validation store {config.val}"
     stores = open_stores([config.val], config.data.array)
-    require_same(expected, fingerprint(stores[0], config.data.array), f"validation store {config.val}")
+    require_same(task.identity["fingerprint"], fingerprint(stores, config.data.array), what)
+    if stores[0].attrs["plan_sha256"] in task.identity["plan_sha256"]:
+        raise ConfigError(f"{what} is trained on; give a store of other points, or --set data.val=0.05")
     coords = stores[0].coords
-    conditioning.require(coords["depth_dioptre"], coords["focus_dioptre"], f"validation store {config.val}")
-    return read_examples(stores, conditioning, config.data.array)
+    task.conditioning.require(coords["depth_dioptre"], coords["focus_dioptre"], what)
+    places = catalogue(stores, task.conditioning, config.data.array)
+    few = config.data.model_copy(update={"mode": "stream"})  # of a large store a part is looked at, and read once
+    return places, open_source(stores, places, few, torch.device("cpu"))
 
 
-def _smoothness(train: Examples, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """For each slice the conditions of its field points and their neighbour pairs, for one prior call a step."""
-    found = []
-    for slice_ in train.slices:
-        pairs = neighbour_pairs(slice_)
-        places, compact = torch.unique(pairs, return_inverse=True)
-        if len(pairs):
-            found.append((train.condition[slice_.flatten()[places]].to(device), compact.to(device)))
-    return found
+def _scalars(ranks: Ranks, terms: Terms) -> dict[str, float]:
+    """The terms as they are logged, of the whole batch. Waits for the device, once."""
+    names = [name for name in terms if name != "kl_dims"]
+    values = ranks.mean(torch.cat([torch.stack([terms[name] for name in names]), terms["kl_dims"]])).tolist()
+    active = sum(nats > ACTIVE_NATS for nats in values[len(names) :])
+    return {**{f"loss/{name}": value for name, value in zip(names, values, strict=False)}, "kl/active_dims": active}
 
 
-def _metrics(terms: dict[str, Tensor], step: int) -> dict[str, float]:
-    _require_finite(terms["total"], step)
-    values = {name: float(term.detach()) for name, term in terms.items()}
-    active = values.pop("active_dims")
-    return {**{f"loss/{name}": value for name, value in values.items()}, "kl/active_dims": active}
+def _schedule(config: FitConfig, step: int) -> dict[str, float]:
+    """What the step that has just been taken was taken with."""
+    return {"train/lr": schedules.learning_rate(config, step - 1), "train/beta": schedules.beta(config, step - 1)}
 
 
-def _require_finite(loss: Tensor, step: int) -> None:
-    if not math.isfinite(float(loss.detach())):
-        raise FitError(f"the loss is no longer finite at step {step}; the last checkpoint is kept, try a lower lr")
-
-
-def _pictures(
-    board: Board, objective: Objective, train: Examples, val: Examples | None, step: int, device: torch.device
-) -> None:
-    """Truth, posterior reconstruction and prior mean, row by row, of a spread of examples."""
-    model = objective.model
-    for name, examples in (("train", train), ("val", val)):
-        if examples is None:
-            continue
-        chosen = torch.linspace(0, len(examples) - 1, min(PICTURES, len(examples))).round().long()
-        truth, condition = examples.kernels[chosen].to(device), examples.condition[chosen].to(device)
-        with torch.no_grad():
-            posterior = model.decode(model.posterior(truth, condition).mean, condition)
-            prior = model.decode(model.prior(condition).mean, condition)
-        board.kernels(f"{name}/truth_posterior_prior", [truth, posterior, prior], step)
+def _say_how_it_goes_on(run: Path, state: dict[str, Any], ranks: Ranks) -> None:
+    if state["processes"] != ranks.world:
+        log.warning(
+            "%s goes on from step %d with %d processes, before %d: the same batches, sums in another order",
+            run,
+            state["step"],
+            ranks.world,
+            state["processes"],
+        )

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from psfgen.errors import FitError
 from psfgen.store.colour import channels_to_rgb, stretch
 from psfgen.store.schema import json_text
+from psftrain import advice
+from psftrain.config import LossConfig
 from psftrain.evaluate import SCORES, Evaluation
 
 TITLES = {
@@ -41,8 +43,7 @@ def headline(report: dict[str, Any], advice: str) -> str:
         )
     best, ours = report["best_classical"], report["rows"]["prior_mean"]["rel_l2"]["mean"]
     if best is None:
-        several = isinstance(report["train_store"], list)
-        reason = "no baselines: they take one training store" if several else "no baselines"
+        reason = f"no baselines: {report['no_baselines']}" if report["no_baselines"] else "no baselines"
         return f"The model's prior mean errs {ours:.1%} on {report['n']} held-out points ({reason})"
     theirs = report["rows"][best]["rel_l2"]["mean"]
     verdict = "beats" if report["beats_best_classical"] else "does NOT beat"
@@ -57,14 +58,7 @@ def collapse(report: dict[str, Any]) -> str | None:
     """A warning where the posterior tells nothing that the prior does not, with what to do."""
     if report["active_dims"]:
         return None
-    remedies = [f"a lower beta (now {report['loss']['beta']:g}: --set loss.beta={report['loss']['beta'] / 100:g})"]
-    remedies.append("free bits (--set loss.kl=0.05)")
-    if "rel_l2" not in report["loss"]["recon"]:
-        remedies.append("an energy-normalised reconstruction (--set loss.recon=rel_l2)")
-    return (
-        f"the posterior has collapsed: KL {report['kl_nats']:.3f} nats, 0 of {report['latent_dims']} latent dimensions "
-        f"active, so the latent carries nothing; try {', '.join(remedies[:-1])} or {remedies[-1]}"
-    )
+    return advice.collapse(report["kl_nats"], report["latent_dims"], LossConfig.model_validate(report["loss"]))
 
 
 def table(report: dict[str, Any]) -> list[list[str]]:
@@ -92,7 +86,8 @@ def as_text(report: dict[str, Any], advice: str) -> str:
     cells = table(report)
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
-    masked = f"{report['n']} points scored, {report['n_masked']} masked (no light, or beyond a row's reach)"
+    reasons = "no light, withheld or trained on, or beyond a row's reach"
+    masked = f"{report['n']} points scored, {report['n_masked']} masked ({reasons})"
     warning = collapse(report)
     return "\n".join([headline(report, advice), "", *lines, "", masked, *([f"warning: {warning}"] if warning else [])])
 

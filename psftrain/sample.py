@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from psfgen.config import parse_distance_mm, parse_distances_mm
-from psfgen.errors import ConfigError, FitError, RunMismatch
-from psfgen.store.schema import COORD_ATTRS, centres_um
+from psfgen.errors import ConfigError, FitError
+from psfgen.store.schema import COORD_ATTRS
+from psftrain.predict import PsfModel
 from psftrain.run import Trained
 
 COLUMNS = ("field_x", "field_y", "depth_mm", "focus_mm")
-BATCH = 512
 
 
 def grid_points(
@@ -62,17 +61,7 @@ def csv_points(path: str) -> NDArray[Any]:
 
 def sample(trained: Trained, points: NDArray[Any]) -> NDArray[np.float32]:
     """Kernels [P, W, y, x] of the prior mean at points [P, 4]. Raises RunMismatch outside what was trained."""
-    field = np.abs(points[:, :2])
-    if not np.isfinite(field).all() or field.max() > trained.conditioning.field_max * (1 + 1e-9):
-        raise RunMismatch(
-            f"field {field.max():g} is outside the field trained on, up to {trained.conditioning.field_max:g}"
-        )
-    depth, focus = 1000 / points[:, 2], 1000 / points[:, 3]
-    trained.conditioning.require(depth, focus, "sample")
-    condition = torch.from_numpy(trained.conditioning.encode(points[:, 0], points[:, 1], depth, focus))
-    with torch.no_grad():
-        parts = [trained.model.decode(trained.model.prior(c).mean, c) for c in torch.split(condition, BATCH)]
-    return torch.cat(parts).numpy()
+    return PsfModel(trained).psf(points[:, :2], points[:, 2], points[:, 3])
 
 
 def write(
@@ -83,12 +72,9 @@ def write(
         raise ConfigError(f"--out {path}: write a name that ends in .npz or .zarr")
     if path.exists():
         raise ConfigError(f"--out {path} exists; choose another name")
-    bins = kernels.shape[-1]
-    b = centres_um(bins, trained.fingerprint["pitch_um"] * trained.fingerprint["kernel_px"] / bins)
-    wavelength = np.array(trained.fingerprint["wavelength"])
-    array = trained.config.data.array
+    model, array = PsfModel(trained), trained.config.data.array
     down, across = ("by", "bx") if array == "psf_binned" else ("ky", "kx")
-    coords: dict[str, Any] = {"wavelength": wavelength, down: b[::-1], across: b}
+    coords: dict[str, Any] = {"wavelength": model.wavelength_um, down: model.y_um, across: model.x_um}
     if shape is None:
         dims: tuple[str, ...] = ("point",)
         columns = {name: ("point", points[:, i]) for i, name in enumerate(COLUMNS)}

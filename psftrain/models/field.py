@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from psftrain.conditioning import Conditioning
 from psftrain.config import ModelConfig
-from psftrain.data import Conditioning
 from psftrain.models.base import CVAE, Gaussian
-from psftrain.models.layers import GaussianHead, fourier, mlp
+from psftrain.models.layers import GaussianHead, fourier, mlp, widened
 
 DEFAULTS: dict[str, Any] = {}
 
@@ -37,6 +37,7 @@ class FieldCVAE(CVAE):
 
     pixel_uv: Tensor
     aspect: Tensor
+    on_axis: Tensor
 
     def __init__(self, config: ModelConfig, shape: tuple[int, int, int], conditioning: Conditioning) -> None:
         super().__init__()
@@ -58,6 +59,7 @@ class FieldCVAE(CVAE):
         grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
         self.register_buffer("pixel_uv", torch.stack([grid_x.flatten(), grid_y.flatten()]), persistent=False)
         self.register_buffer("aspect", torch.tensor([1.0, conditioning.aspect]), persistent=False)
+        self.register_buffer("on_axis", torch.tensor([1.0, 0.0]), persistent=False)  # there any direction will do
 
     def posterior(self, kernels: Tensor, condition: Tensor) -> Gaussian:
         """q(z | K, c) of kernels [B, W, y, x]."""
@@ -73,12 +75,12 @@ class FieldCVAE(CVAE):
         """Kernels [B, W, y, x] of latents [B, L] under conditions [B, C]."""
         place = condition[:, :2] * self.aspect
         radius = place.norm(dim=-1, keepdim=True)
-        along = torch.where(radius > 0, place / radius.clamp_min(1e-9), torch.tensor([1.0, 0.0]).to(place))
+        along = torch.where(radius > 0, place / radius.clamp_min(1e-9), self.on_axis)
         across = torch.stack([-along[:, 1], along[:, 0]], dim=-1)
         u, v = along @ self.pixel_uv, across @ self.pixel_uv  # [B, y x]
         pixel = PIXEL_GAIN * torch.stack([u, v.abs(), torch.hypot(u, v)], dim=-1)
         about = torch.cat([radius, radius.square(), condition[:, 2:], z], dim=-1)
-        logits: Tensor = self.decoder(self.from_pixel(pixel) + self.from_condition(about)[:, None])
+        logits = widened(self.decoder(self.from_pixel(pixel) + self.from_condition(about)[:, None]))
         return logits.softmax(dim=1).transpose(1, 2).reshape(-1, *self.shape)
 
     def _encode(self, condition: Tensor) -> Tensor:

@@ -20,6 +20,11 @@ def fourier(xy: Tensor, octaves: int) -> Tensor:
     return torch.cat([scaled.sin(), scaled.cos()], dim=-1).flatten(-2)
 
 
+def widened(values: Tensor) -> Tensor:
+    """`values` in float32 where autocast has made them narrower: 8 bits of bf16 do not make kernels that sum to 1."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def mlp(
     inputs: int, width: int, hidden: int, outputs: int, activation: type[nn.Module], bias: bool = True
 ) -> nn.Sequential:

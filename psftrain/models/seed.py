@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psfgen.errors import RunMismatch
+from psftrain.conditioning import Conditioning
 from psftrain.config import ModelConfig
-from psftrain.data import Conditioning
 from psftrain.models.base import CVAE, Gaussian
-from psftrain.models.layers import GaussianHead, fourier, mlp
+from psftrain.models.layers import GaussianHead, fourier, mlp, widened
 
 DEFAULTS = {
     "batch": 64,
@@ -23,7 +23,7 @@ DEFAULTS = {
     "schedule": "constant",
     "clip": None,
     "model": {"latent": 128, "width": 512, "layers": 4, "octaves": 10},
-    "loss": {"recon": {"mse": 1.0}, "prior": 0.0, "beta": 1e-4, "smooth": 1e-3},
+    "loss": {"recon": {"mse": 1.0}, "prior": 0.0, "beta": 1e-4, "smooth": 1e-3, "smooth_over": "grid"},
 }
 
 
@@ -56,7 +56,7 @@ class SeedCVAE(CVAE):
 
     def decode(self, z: Tensor, condition: Tensor) -> Tensor:
         """Kernels [B, W, y, x] of latents [B, L] under conditions [B, C]."""
-        positive = F.softplus(self.decoder(torch.cat([z, self._encode(condition)], dim=-1)))
+        positive = F.softplus(widened(self.decoder(torch.cat([z, self._encode(condition)], dim=-1))))
         kernels: Tensor = positive.view(-1, *self.shape)
         return kernels / kernels.sum(dim=(-2, -1), keepdim=True)
 
