@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import time
 import traceback
 import warnings
@@ -355,3 +356,44 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         started.do("stop")
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture
+def meddling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A model in the table that can disturb its own training; it starts as a plain field_cvae."""
+    from fitting import plan_meddling
+
+    from psftrain.models import MODELS
+
+    monkeypatch.setitem(MODELS, "meddling", "training:Meddling")
+    plan_meddling(lambda step: None)
+    yield
+    plan_meddling(lambda step: None)
+
+
+class Disk:
+    """A small disk of its own, mounted at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def mount(self, *options: str) -> bool:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "none", self.path], capture_output=True)
+        return done.returncode == 0
+
+    def remount(self, *options: str) -> None:
+        subprocess.run(["mount", "-o", ",".join(["remount", *options]), self.path], check=True, capture_output=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """Needs a root who may mount."""
+    (tmp_path / "disk").mkdir()
+    made = Disk(tmp_path / "disk")
+    try:
+        if not made.mount("size=64m"):
+            pytest.skip("mounting a disk is not allowed here")
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    yield made
+    subprocess.run(["umount", "-l", made.path], check=True, capture_output=True)

@@ -24,6 +24,7 @@ STATE: dict[str, Any] = {
     "step": 7,
     "config": {"store": ["a", "b"], "clip": None},
     "fingerprint": {"wavelength": [0.5]},
+    "ended": False,
 }
 
 
@@ -126,6 +127,49 @@ def test_the_traps_would_have_worked(tmp_path: Path, trap: Callable[[Path], None
     assert (tmp_path / "ran").is_dir()
 
 
+def damaged(path: Path, data: bytes) -> dict[str, Any] | None:
+    """What is loaded of a checkpoint that holds `data` now; None where it is refused."""
+    path.write_bytes(data)
+    try:
+        return checkpoint.load(path)
+    except RunMismatch:
+        return None
+
+
+def test_a_checkpoint_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
+    path = checkpoint.path_of(tmp_path, 7)
+    checkpoint.save(path, STATE)
+    whole = path.read_bytes()
+    for length in {
+        0,
+        1,
+        2,
+        4,
+        21,
+        22,
+        len(whole) // 2,
+        *range(len(whole) - 120, len(whole)),
+        *range(5, len(whole), 61),
+    }:
+        assert damaged(path, whole[:length]) is None, length
+    assert equal_states(damaged(path, whole), STATE)
+
+
+def test_a_flipped_bit_is_found_or_does_no_harm(tmp_path: Path) -> None:
+    """In a weight it is always found; some bytes of the archive, such as dates and padding, mean nothing."""
+    path, weights = checkpoint.path_of(tmp_path, 7), torch.arange(1, 301.0)
+    state = {**STATE, "model": {"weight": weights}}
+    checkpoint.save(path, state)
+    whole = path.read_bytes()
+    first = whole.index(weights.numpy().tobytes())
+    for place in {*range(0, len(whole), 13), *range(first, first + 1200, 31), first, first + 1199}:
+        data = bytearray(whole)
+        data[place] ^= 1 << place % 8
+        found = damaged(path, bytes(data))
+        assert found is None or equal_states(found, state), place
+        assert found is None or not first <= place < first + 1200
+
+
 # --- which there are --------------------------------------------------------------------------------------------------
 
 
@@ -136,6 +180,14 @@ def test_steps_ascend_whatever_lies_beside_them(tmp_path: Path) -> None:
         (tmp_path / "checkpoints" / name).write_text("")
     assert checkpoint.steps(tmp_path) == [5, 200, 10000000]
     assert checkpoint.steps(tmp_path / "nothing") == []
+
+
+def test_prune_takes_what_a_killed_process_had_begun_to_write(tmp_path: Path) -> None:
+    checkpoint.save(checkpoint.path_of(tmp_path, 10), STATE)
+    for name in (".step-00000010.pt.tmp", ".best.pt.tmp"):
+        (tmp_path / "checkpoints" / name).write_text("PK")
+    checkpoint.prune(tmp_path, 3)
+    assert list(contents(tmp_path)) == ["checkpoints/step-00000010.pt"]
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [30]), (2, [20, 30]), (3, [10, 20, 30]), (9, [10, 20, 30])])

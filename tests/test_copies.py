@@ -286,16 +286,14 @@ def test_show_of_a_store_without_copies(finished: Path, psfgen: Psfgen) -> None:
     assert refused.err.count("\n") == 1
 
 
-def test_training_refuses_copies_in_one_line(built: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from psfgen.errors import report
-    from psftrain.cli import cli
+def test_copies_are_trained_on(built: Path, tmp_path: Path) -> None:
+    """Every place of every copy is an example."""
+    from psftrain.config import load_fit_config
+    from psftrain.fit import fit
 
-    args = ["fit", "--store", str(built), "--run", str(tmp_path / "run"), "--set", "steps=1"]
-    code = report(lambda: cli(args, standalone_mode=False, prog_name="psftrain"), argv=args)
-    err = capsys.readouterr().err
-    assert code in (1, 2)
-    assert re.fullmatch(r"error: [^\n]*2 copies[^\n]*\n", err), err
-    assert not (tmp_path / "run").exists()
+    fit(load_fit_config(None, [("store", str(built)), ("run", str(tmp_path / "run")), "steps=1", "batch=2"]))
+    lit = (open_store(built).read("captured") > 0).all(axis=-1)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["examples"] == lit.sum() > lit[0].sum()
 
 
 def test_a_perturbed_lens_from_a_file_or_a_config(files: Path, psfgen: Psfgen) -> None:

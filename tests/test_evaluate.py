@@ -24,6 +24,7 @@ from training import best, examples_of, job, kernel, make_store, one_line_error,
 from psfgen.store import open_store
 from psftrain import metrics
 from psftrain.baselines import CLASSICAL
+from psftrain.config import DataConfig
 from psftrain.data import withhold
 from psftrain.evaluate import evaluate, heldout_command
 from psftrain.fit import fit
@@ -80,7 +81,7 @@ def answer(run: Path, store: Path | None = None, *, baselines: bool = True) -> t
     """The document and the text of `psftrain eval`, without its files."""
     trained = load_run(run)
     found = evaluate(trained, str(store) if store else None, baselines=baselines).report
-    return found, as_text(found, heldout_command(open_store(trained.config.store[0])))
+    return found, as_text(found, heldout_command(open_store(trained.config.store[0]), trained.path))
 
 
 def headline(run: Path, store: Path | None = None, *, baselines: bool = True) -> str:
@@ -556,7 +557,7 @@ def test_without_a_store_the_points_trained_on_are_scored(tmp_path: Path) -> Non
     path = make_store(tmp_path / "train.zarr", grid=7)
     fit(job(path, tmp_path / "run", data__val=0.3, seed=3, steps=1))
     found = evaluate(load_run(tmp_path / "run"), None, baselines=False)
-    train, val = withhold(examples_of(path)[0], 0.3, 3)
+    train, val, _ = withhold(examples_of(path)[0].places, DataConfig(val=0.3), 3)
     assert val is not None
     assert found.report["n"] == len(train) == 49 - len(val)
     assert {tuple(place) for place in found.field_xy.round(4)} == {
@@ -609,6 +610,35 @@ def test_a_run_on_several_stores(tmp_path: Path) -> None:
     assert report["train_store"] == list(map(str, stores))
     assert report["n"] == 9
     assert headline(tmp_path / "run").startswith("NOT HELD-OUT: scored on the 32 training points")
+
+
+# --- copies -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_held_out_store_is_scored_over_all_its_copies(tmp_path: Path) -> None:
+    """Interpolation of the one specimen trained on answers for each of them."""
+    train = make_store(tmp_path / "train.zarr", grid=5, depth=DEPTHS, copies=1)
+    held = make_store(tmp_path / "held.zarr", grid=5, layout="cells", depth=DEPTHS, copies=3, dark=[np.s_[0, 1, 2, 2]])
+    fit(job(train, tmp_path / "run", steps=1))
+    report, _ = answer(tmp_path / "run", held)
+    assert (report["n"], report["n_masked"]) == (3 * 2 * 16 - 3, 3)
+    assert report["best_classical"] is not None
+    found = evaluate(load_run(tmp_path / "run"), str(held)).errors["bilinear"]
+    of_copy = found.reshape(3, -1).mean(axis=1)
+    assert of_copy[0] < of_copy[1] < of_copy[2], "the farther from the one trained on"
+
+
+def test_a_run_on_copies_has_no_classical_rows(tmp_path: Path) -> None:
+    """A kernel of which copy would they give? The first line says so."""
+    train = make_store(tmp_path / "train.zarr", grid=5, copies=2)
+    held = make_store(tmp_path / "held.zarr", grid=5, layout="cells", copies=2)
+    fit(job(train, tmp_path / "run", steps=1))
+    report, _ = answer(tmp_path / "run", held)
+    assert report["n"] == 2 * 16
+    assert report["best_classical"] is None
+    assert headline(tmp_path / "run", held).endswith(
+        "(no baselines: they take one specimen, the training store holds 2 copies)"
+    )
 
 
 # --- what does not fit ------------------------------------------------------------------------------------------------
@@ -752,3 +782,56 @@ def test_the_best_checkpoint_is_judged(mine: Path, place: Path, judged: dict[str
     report, _ = answer(mine, place / "heldout.zarr")
     assert report["rows"]["prior_mean"]["rel_l2"] != judged["rows"]["prior_mean"]["rel_l2"]
     assert report["step"] == best(mine)["step"]
+
+
+# --- what a run has seen ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["depth", "focus"])
+def test_rows_interpolate_over_distances_that_were_withheld(tmp_path: Path, what: str) -> None:
+    """Between those left, as if the withheld had never been rendered; nothing is masked."""
+    distances, between = (500.0, 1000.0, 4000.0), (500.0, 700.0, 1000.0, 2000.0)
+    whole = make_store(tmp_path / "whole.zarr", grid=4, **{what: distances})
+    ends = make_store(tmp_path / "ends.zarr", grid=4, **{what: (distances[0], distances[-1])})
+    held = make_store(tmp_path / "held.zarr", grid=4, layout="cells", **{what: between})
+    fit(job(whole, tmp_path / "run", steps=0, **{f"data__val_{what}": 1}))
+    fit(job(ends, tmp_path / "other", steps=0))
+    found, expected = (evaluate(load_run(tmp_path / run), str(held)).report for run in ("run", "other"))
+    assert (found["n"], found["n_masked"]) == (expected["n"], 0) == (4 * 9, 0)
+    for name in CLASSICAL:
+        assert found["rows"][name]["rel_l2"] == expected["rows"][name]["rel_l2"], name
+
+
+def test_points_that_were_trained_on_do_not_count_among_the_held_out(tmp_path: Path) -> None:
+    """Every second row and column of the held-out store, at one of its depths."""
+    train = make_store(tmp_path / "train.zarr", grid=4, depth=DEPTHS)
+    held = make_store(tmp_path / "held.zarr", grid=7, depth=(DEPTHS[0], 2000.0), seed=1)
+    fit(job(train, tmp_path / "run", steps=0))
+    found = evaluate(load_run(tmp_path / "run"), str(held))
+    assert found.report["held_out"]
+    assert (found.report["n"], found.report["n_masked"]) == (2 * 49 - 16, 16)
+    assert found.errors["nearest"].min() > 0
+
+
+def test_the_store_that_chose_the_best_checkpoint_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train = make_store(tmp_path / "train.zarr", grid=4)
+    held = make_store(tmp_path / "held.zarr", grid=4, layout="cells")
+    fit(job(train, tmp_path / "run", val=str(held)))
+    other = make_store(tmp_path / "other.zarr", grid=5, layout="cells")
+    assert evaluate(load_run(tmp_path / "run"), str(other)).report["held_out"]
+    assert "flatters" not in caplog.text
+    assert evaluate(load_run(tmp_path / "run"), str(held)).report["held_out"]
+    assert f"{held} is the validation store that the best checkpoint was chosen by" in caplog.text
+    held.rename(tmp_path / "moved.zarr")
+    assert evaluate(load_run(tmp_path / "run"), str(tmp_path / "moved.zarr")).report["held_out"]
+
+
+def test_a_place_of_another_lens_is_no_place_trained_on(tmp_path: Path) -> None:
+    """Lens B was trained on at the places where lens A is judged: for A they are held out."""
+    a = make_store(tmp_path / "a.zarr")
+    b = make_store(tmp_path / "b.zarr", grid=4, field_max=0.9, lens="b", lens_text='{"info": "another formula"}')
+    held = make_store(tmp_path / "held.zarr", grid=4, field_max=0.9)
+    fit(job([a, b], tmp_path / "run"))
+    found = evaluate(load_run(tmp_path / "run"), str(held)).report
+    assert (found["held_out"], found["n"]) == (True, 16)
+    assert not evaluate(load_run(tmp_path / "run"), str(b)).report["held_out"]

@@ -7,14 +7,12 @@ import os
 import random
 import re
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Psfgen, arrays, beside, contents, copy_of, flags, fork, tiny, wait_for
+from conftest import Disk, Psfgen, arrays, beside, contents, copy_of, flags, fork, tiny, wait_for
 from training import job
 
 from psfgen.errors import StoreError
@@ -81,34 +79,6 @@ def test_fifty_random_kills_cost_nothing(either: Path, tmp_path: Path, workers: 
 
 
 # --- a disk that is full ----------------------------------------------------------------------------------------------
-
-
-class Disk:
-    """A small disk of its own, mounted at `path`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def mount(self, *options: str) -> bool:
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "none", self.path], capture_output=True)
-        return done.returncode == 0
-
-    def remount(self, *options: str) -> None:
-        subprocess.run(["mount", "-o", ",".join(["remount", *options]), self.path], check=True, capture_output=True)
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    """Needs a root who may mount."""
-    (tmp_path / "disk").mkdir()
-    made = Disk(tmp_path / "disk")
-    try:
-        if not made.mount("size=64m"):
-            pytest.skip("mounting a disk is not allowed here")
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    yield made
-    subprocess.run(["umount", "-l", made.path], check=True, capture_output=True)
 
 
 FULL: dict[str, Any] = {"grid": 5, "kernel_px": 32, "pitch_um": 9.0, "depth": "1m:inf:6"}

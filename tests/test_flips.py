@@ -15,7 +15,8 @@ from psfgen.render import render
 from psfgen.store import open_store
 from psfgen.store.repair import repair
 from psfgen.store.verify import problems
-from psftrain.data import Examples, conditioning_of, open_stores, read_examples
+from psftrain.conditioning import conditioning_of
+from psftrain.data import Examples, open_stores, read_examples
 
 SMALL = {"grid": 2, "depth": "1m,3m", "focus": "2m", "kernel_px": 8, "bins": 4, "pitch_um": 36.0, "spp": 64}
 

@@ -199,7 +199,8 @@ def test_copies(rendered: dict[str, str], tmp_path: Path, psfgen: Psfgen) -> Non
 
 
 def test_psftrain_reads_it(whole: Store, tmp_path: Path) -> None:
-    from psftrain.data import conditioning_of, open_stores, read_examples
+    from psftrain.conditioning import conditioning_of
+    from psftrain.data import open_stores, read_examples
 
     parts = [part(whole, tmp_path / "a.zarr", "focus", [0]), part(whole, tmp_path / "b.zarr", "focus", [1, 2])]
     stores = open_stores([merge(parts, str(tmp_path / "all.zarr")).path], "psf_binned")

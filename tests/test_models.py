@@ -17,8 +17,9 @@ from training import BARE, examples_of, job, logged, make_store, psftrain, words
 
 from psfgen.errors import ConfigError, RunMismatch
 from psftrain import checkpoint
+from psftrain.batch import Batch, Neighbours
+from psftrain.conditioning import Conditioning
 from psftrain.config import ModelConfig, load_fit_config
-from psftrain.data import Conditioning
 from psftrain.fit import fit
 from psftrain.losses import Objective
 from psftrain.models import MODELS, defaults, model_class
@@ -89,8 +90,9 @@ class TestEveryModel:
         model = build(name, shape)
         config = load_fit_config(None, ["loss.smooth=1", "loss.beta=1", "loss.prior=1"]).loss
         noise = torch.randn(9, model.latent, generator=torch.Generator().manual_seed(3))
-        pairs = torch.tensor([[0, 1], [1, 2]])
-        terms = Objective(model, config)(kernels(9, shape), conditions(), noise, conditions(3, 5), pairs)
+        near = Neighbours(conditions(3, 5), torch.tensor([[9, 10], [10, 11]]), torch.tensor([0.5, 0.5]), None)
+        batch = Batch(kernels(9, shape), conditions(), noise, torch.ones(9), near, torch.tensor(1.0))
+        terms = Objective(model, config)(batch)
         terms["total"].backward()
         for key, parameter in model.named_parameters():
             assert parameter.grad is not None, key
@@ -218,6 +220,7 @@ def test_the_published_configuration() -> None:
     assert (config.batch, config.lr, config.schedule, config.warmup, config.clip) == (64, 1e-4, "constant", 0, None)
     assert config.loss.recon == {"mse": 1.0}
     assert (config.loss.prior, config.loss.kl, config.loss.beta, config.loss.smooth) == (0, 0, 1e-4, 1e-3)
+    assert (config.loss.smooth_on, config.loss.smooth_over) == ("prior_mean", "grid")
     assert (config.model.latent, config.model.octaves) == (128, 10)
 
 
@@ -241,7 +244,9 @@ def test_the_published_loss_by_hand(published: SeedCVAE, tmp_path: Path) -> None
     down = [(4 * r + c, 4 * r + c + 4) for r in range(3) for c in range(4)]
     config = load_fit_config(None, ["model.name=seed_cvae"]).loss
     with torch.no_grad():
-        terms = Objective(published, config)(truth, condition, noise, condition, torch.tensor(right + down))
+        near = Neighbours(condition[:0], torch.tensor(right + down), torch.full((24,), 1 / 24), None)
+        batch = Batch(truth, condition, noise, torch.ones(16), near, torch.tensor(config.beta))
+        terms = Objective(published, config)(batch)
 
     encoded = features(published.encoder, published, condition)
     flat = truth.double().numpy().reshape(16, 675)
@@ -259,7 +264,7 @@ def test_the_published_loss_by_hand(published: SeedCVAE, tmp_path: Path) -> None
     assert len(right + down) == 2 * 4 * 3
     expected = {"recon": recon, "kl": kl, "smooth": smooth, "total": 1.0 * recon + 1e-4 * kl + 1e-3 * smooth}
     assert {name: float(terms[name]) for name in expected} == pytest.approx(expected, rel=1e-3)
-    assert set(terms) == {*expected, "active_dims"}
+    assert set(terms) == {*expected, "kl_dims"}
 
     q, p = (Normal(torch.tensor(m), torch.tensor(v**0.5)) for m, v in ((mq, vq), (mp, vp)))
     assert float(kl_divergence(q, p).sum(dim=1).mean()) == pytest.approx(kl, rel=1e-9)
@@ -286,7 +291,7 @@ def test_the_published_training_by_hand(tmp_path: Path) -> None:
     pairs = [(i, j) for i in range(64) for j in range(i) if abs(row[i] - row[j]) + abs(column[i] - column[j]) == 1]
     a, b = torch.tensor(pairs).T
     for step in range(3):
-        chosen, noise = order.batch(step), order.noise(step, 8, 1)[0]
+        chosen, noise = order.batch(step), order.noise(step, 8)
         truth, condition = examples.kernels[chosen], examples.condition[chosen]
         q, p = model.posterior(truth, condition), model.prior(condition)
         found = model.decode(q.mean + (q.logvar / 2).exp() * noise, condition)

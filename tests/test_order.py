@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from training import job
 
-from psftrain.order import Order, learning_rate
+from psftrain.order import Order
 
 # --- examples and noise -----------------------------------------------------------------------------------------------
 
@@ -38,30 +36,30 @@ def test_a_run_can_go_on_anywhere(start: int) -> None:
         steady.batch(step)
     for step in (start, start + 1):
         assert torch.equal(steady.batch(step), late.batch(step))
-        assert torch.equal(steady.noise(step, 5, 3)[0], late.noise(step, 5, 3)[0])
-        assert steady.noise(step, 5, 3)[1] == late.noise(step, 5, 3)[1]
+        assert torch.equal(steady.noise(step, 5), late.noise(step, 5))
+        assert steady.slice_of(step, torch.ones(9)) == late.slice_of(step, torch.ones(9))
     assert torch.equal(late.batch(0), Order(3, 10, 4).batch(0)), "backwards too"
 
 
 def test_the_seed_decides() -> None:
     a, b = Order(0, 100, 50), Order(1, 100, 50)
     assert not torch.equal(a.batch(0), b.batch(0))
-    assert not torch.equal(a.noise(0, 4, 1)[0], b.noise(0, 4, 1)[0])
+    assert not torch.equal(a.noise(0, 4), b.noise(0, 4))
 
 
 def test_global_random_numbers_are_neither_used_nor_changed() -> None:
     torch.manual_seed(1)
-    batch, noise = Order(0, 20, 5).batch(3), Order(0, 20, 5).noise(3, 4, 2)[0]
+    batch, noise = Order(0, 20, 5).batch(3), Order(0, 20, 5).noise(3, 4)
     left = torch.rand(3)
     torch.manual_seed(1)
     assert torch.equal(left, torch.rand(3))
     assert torch.equal(batch, Order(0, 20, 5).batch(3))
-    assert torch.equal(noise, Order(0, 20, 5).noise(3, 4, 2)[0])
+    assert torch.equal(noise, Order(0, 20, 5).noise(3, 4))
 
 
 def test_noise_is_standard_normal_and_fresh_every_step() -> None:
     order = Order(0, 1000, 1000)
-    draws = torch.stack([order.noise(step, 8, 1)[0] for step in range(20)])
+    draws = torch.stack([order.noise(step, 8) for step in range(20)])
     assert draws.shape == (20, 1000, 8)
     count = draws.numel()
     assert float(draws.mean()) == pytest.approx(0, abs=5 / math.sqrt(count))
@@ -70,43 +68,62 @@ def test_noise_is_standard_normal_and_fresh_every_step() -> None:
     assert float(correlation.abs().max()) < 5 / math.sqrt(8000)
 
 
-@pytest.mark.parametrize("slices", [0, 1, 3])
-def test_smoothness_looks_at_every_slice_in_turn(slices: int) -> None:
-    order = Order(0, 4, 2)
-    seen = {order.noise(step, 2, slices)[1] for step in range(60)}
-    assert seen == set(range(max(slices, 1)))
+def test_a_whole_slice_is_drawn_by_its_weight() -> None:
+    order, draws, weights = Order(0, 4, 2), 3000, torch.tensor([1.0, 0.0, 4.0, 5.0])
+    drawn = torch.tensor([order.slice_of(step, weights) for step in range(draws)]).bincount(minlength=4)
+    expected = draws * weights / weights.sum()
+    assert drawn[1] == 0
+    assert ((drawn - expected).abs() <= 5 * expected.sqrt()).all()
 
 
-# --- the learning rate ------------------------------------------------------------------------------------------------
+# --- a window at a time -----------------------------------------------------------------------------------------------
+
+UNITS = [(0, 4), (4, 5), (5, 12), (12, 20), (20, 23), (23, 30)]
 
 
-@pytest.mark.parametrize(
-    ("step", "expected"),
-    [
-        (0, 1 / 4),  # warm-up, from its first step on
-        (1, 2 / 4),
-        (3, 4 / 4),
-        (4, 1.0),
-        (4 + 15, 0.01 + 0.99 / 2),  # half way down
-        (4 + 10, 0.01 + 0.99 * 0.75),  # (1 + cos(pi / 3)) / 2
-        (34, 0.01),
-    ],
-)
-def test_warm_up_then_half_a_cosine_down_to_one_percent(step: int, expected: float) -> None:
-    config = job(Path("s"), Path("r"), steps=34, warmup=4, lr=0.5, schedule="cosine")
-    assert learning_rate(config, step) == pytest.approx(0.5 * expected)
+def windowed(seed: int = 0, window: int = 9, batch: int = 4) -> Order:
+    """30 examples in 6 units."""
+    return Order(seed, 30, batch, UNITS, window)
 
 
-def test_a_constant_rate_stays() -> None:
-    config = job(Path("s"), Path("r"), steps=50, warmup=0, lr=1e-4, schedule="constant")
-    assert {learning_rate(config, step) for step in range(60)} == {1e-4}
+@pytest.mark.parametrize("window", [0, 1, 5, 12, 29, 30, 99])
+@pytest.mark.parametrize("batch", [1, 4, 7, 30])
+def test_a_windowed_epoch_shows_every_example_once(window: int, batch: int) -> None:
+    order, epochs = windowed(window=window, batch=batch), 4
+    batches = [order.batch(step) for step in range(epochs * 30 // batch + 1)]
+    assert {len(found) for found in batches} == {batch}
+    seen = torch.cat(batches)
+    for epoch in range(epochs):
+        assert sorted(seen[epoch * 30 : (epoch + 1) * 30].tolist()) == list(range(30))
 
 
-def test_the_rate_never_leaves_its_range() -> None:
-    """Nor where the warm-up is as long as the run or longer."""
-    for warmup in (0, 5, 20, 50):
-        config = job(Path("s"), Path("r"), steps=20, warmup=warmup, lr=1.0, schedule="cosine")
-        rates = [learning_rate(config, step) for step in range(20)]
-        assert 0 < min(rates) <= max(rates) <= 1
-        assert rates[:warmup] == sorted(rates[:warmup])
-        assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+@pytest.mark.parametrize("window", [1, 9, 30])
+def test_a_window_is_whole_units_shuffled(window: int) -> None:
+    """At least `window` examples, but for the last of an epoch, and no unit more than that needs."""
+    order = windowed(window=window, batch=5)
+    for step in range(30):
+        for found in order.windows(step):
+            members = [i for unit in found.units for i in range(*UNITS[unit])]
+            assert sorted(found.order.tolist()) == sorted(members)
+            assert len(members) >= window or found.stop % 30 == 0
+            last = found.units[-1]
+            assert len(members) - (UNITS[last][1] - UNITS[last][0]) < window
+            assert torch.equal(
+                order.window_at(found.stop).order, windowed(window=window, batch=1).windows(found.stop)[0].order
+            )
+    assert windowed(window=30).windows(0)[0].order.tolist() != list(range(30))
+
+
+def test_windows_are_of_other_units_in_every_epoch() -> None:
+    order = windowed(batch=30)
+    assert len({tuple(w.units for w in order.windows(epoch)) for epoch in range(8)}) > 4
+
+
+@pytest.mark.parametrize("start", [1, 7, 8, 33])
+def test_a_windowed_run_can_go_on_anywhere(start: int) -> None:
+    steady, late = windowed(3), windowed(3)
+    for step in range(start):
+        steady.batch(step)
+    for step in (start, start + 1, 0):
+        assert torch.equal(steady.batch(step), late.batch(step))
+    assert not torch.equal(windowed(4).batch(start), steady.batch(start))

@@ -16,7 +16,7 @@ from training import TINY, make_store, one_line_error, psftrain, words
 from psfgen import __version__
 
 HEAVY = {"torch", "deeplens", "zarr", "dask", "xarray", "numpy", "matplotlib", "scipy", "tensorboard"}
-COMMANDS = ("fit", "eval", "sample")
+COMMANDS = ("fit", "eval", "sample", "show", "export")
 
 
 @pytest.fixture
@@ -43,8 +43,9 @@ def test_help_starts_without_the_heavy_libraries(start: list[str]) -> None:
     assert done.stdout.startswith("Usage: psftrain ")
 
 
-def test_importing_the_command_line_imports_nothing_heavy() -> None:
-    code = "import sys, psftrain.cli; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+@pytest.mark.parametrize("module", ["psftrain", "psftrain.cli"])
+def test_importing_the_command_line_imports_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "psftrain" in done.stdout.split()
     assert not HEAVY & set(done.stdout.split())
@@ -182,12 +183,12 @@ def test_a_wrong_config_leaves_nothing_behind(empty: Path, given: list[str], mes
     assert contents(empty) == before
 
 
-def test_several_processes_are_refused(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torchrun would start them."""
+def test_half_an_environment_of_torchrun_is_refused(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some schedulers leave it."""
     monkeypatch.setenv("WORLD_SIZE", "4")
     ran = psftrain("fit")
     assert ran.code == 2
-    assert "WORLD_SIZE 4: psftrain trains in one process" in one_line_error(ran)
+    assert "WORLD_SIZE is 4 but RANK is not set; start several processes with torchrun" in one_line_error(ran)
     assert not contents(empty)
 
 
@@ -226,3 +227,54 @@ def test_nothing_outside_the_run_is_touched(empty: Path) -> None:
     assert psftrain("fit", *words(store, empty / "run")).code == 0
     assert psftrain("eval", "run", "--store", held).code == 0
     assert {name: data for name, data in contents(empty).items() if not name.startswith("run/")} == before
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"WORLD_SIZE": "four"}, "the environment has WORLD_SIZE=four, which torchrun never sets; unset it"),
+        ({"WORLD_SIZE": "0"}, "the environment has WORLD_SIZE=0, which"),
+        ({"RANK": "-1"}, "the environment has RANK=-1, which"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2 and RANK 0, but that is no process of torchrun's"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "WORLD_SIZE is 2 and RANK 2, but that is no process of torchrun's",
+        ),
+    ],
+    ids=str,
+)
+def test_an_odd_environment_is_refused(
+    empty: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], message: str
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    ran = psftrain("fit")
+    assert ran.code == 2
+    assert message in one_line_error(ran)
+
+
+def test_a_rank_alone_means_nothing(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some schedulers set it: the one process there is answers."""
+    store = make_store(empty / "s.zarr", grid=3)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    assert psftrain("fit", *words(store, empty / "run", steps=1), "--json").document["step"] == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_the_first_alone_prints_a_document(
+    empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: int
+) -> None:
+    """Of an error too."""
+    from psftrain.cli import main
+
+    monkeypatch.setattr("sys.argv", ["psftrain", "fit", "--json"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert "error: " in err
+    assert (out == "") == (rank == 1)
+    assert rank or json.loads(out)["exit_code"] == 2

@@ -268,7 +268,8 @@ def test_a_server_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_training_reads_a_url(finished: Path, url: str) -> None:
-    from psftrain.data import conditioning_of, open_stores, read_examples
+    from psftrain.conditioning import conditioning_of
+    from psftrain.data import open_stores, read_examples
 
     render(job(url))
     one, other = (open_stores([str(path)], "psf_binned") for path in (url, finished))

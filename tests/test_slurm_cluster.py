@@ -5,6 +5,7 @@ One cluster of one node serves all tests; it is started without systemd by tests
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,14 +16,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from conftest import TINY, Psfgen, arrays, tiny
 from onenode import Cluster, poll
+from training import equal_states
 
 from psfgen.executors import slurm
 from psfgen.render import render
 from psfgen.store import open_store
+from psftrain import checkpoint
+from psftrain import run as runs
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(480)]
 
@@ -168,26 +173,77 @@ def test_the_finaliser_answers_3_for_an_incomplete_store(cluster: Cluster, psfge
     assert re.fullmatch(r"error: store .* is incomplete: 1 of 3 blocks are missing; .*\n", log)
 
 
-def test_a_training_that_is_warned_saves_goes_on_later_and_is_judged(
+def of_rank(number: str, rank: int) -> psutil.Process:
+    """A process of the training that a job runs."""
+
+    def look() -> psutil.Process | None:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                its = process.environ()
+                if its.get("SLURM_JOB_ID") == number and its.get("RANK") == str(rank):
+                    return process
+        return None
+
+    return poll(look) or psutil.Process()
+
+
+def test_a_training_in_two_processes_that_runs_out_of_time_goes_on_later_and_is_judged(
     cluster: Cluster, psfgen: Psfgen, tmp_path: Path
 ) -> None:
-    """Through torchrun, which knows no SIGUSR2 and no exit code 75."""
+    """Through torchrun, which knows no SIGUSR2 and no exit code 75; the weights are those of an undisturbed run.
+
+    Meanwhile another training is cancelled, and stays so.
+    """
     render(tiny(tmp_path / "psfs.zarr", grid=4, depth="2m", focus="2m"))
-    steps = ["--set", "steps=600", "--set", "batch=8", "--set", "log_every=10", "--set", "save_every=100000"]
-    small = ["--parsable", "--cpus-per-task=1", "--mem=0"]
-    fit = call("sbatch", *small, PIPELINES / "fit.sbatch", "--run", "runs/fit", *steps)
+    sets = {"steps": 400, "batch": 8, "log_every": 10, "save_every": 10**6, "device": "cpu"}
+    words = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
+    script = ["sbatch", "--parsable", "--mem=0", "--time=20", PIPELINES / "fit.sbatch"]
+    fit = call("env", "PROCESSES=2", *script[:2], "--cpus-per-task=2", *script[2:], "--run", "runs/fit", *words)
+    other = call(*script[:2], "--cpus-per-task=1", *script[2:], "--run", "runs/other", *words, "--set", "steps=100000")
     judge = call(
-        "sbatch", *small, f"--dependency=afterok:{fit}", PIPELINES / "eval.sbatch", "runs/fit", "--no-baselines"
+        *("sbatch", "--parsable", "--mem=0", "--cpus-per-task=1", f"--dependency=afterok:{fit}"),
+        *(PIPELINES / "eval.sbatch", "runs/fit", "--no-baselines"),
     )
-    metrics = tmp_path / "runs/fit/metrics.jsonl"
+    log, metrics = tmp_path / f"psftrain-fit-{fit}.log", tmp_path / "runs/fit/metrics.jsonl"
     poll(lambda: metrics.exists() and metrics.stat().st_size)
-    call("scancel", "--batch", "--signal=USR2", fit)
-    found = ended(fit, judge)
-    assert [(one["JobState"], one["ExitCode"], one["Restarts"]) for one in found] == [
+    halted = of_rank(fit, 1)
+    halted.suspend()  # it cannot end in time
+    call("scontrol", "update", f"JobId={fit}", "TimeLimit=2")  # Slurm warns 120 s before
+    undisturbed = subprocess.Popen(
+        [
+            "torchrun",
+            "--standalone",
+            "--nproc-per-node=2",
+            "-m",
+            "--",
+            "psftrain",
+            "fit",
+            "--run",
+            "runs/alone",
+            *words,
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    poll(lambda: (tmp_path / "runs/other/metrics.jsonl").exists())
+    call("scancel", other)
+    poll(lambda: "SIGTERM" in log.read_text())
+    call("scontrol", "update", f"JobId={fit}", "TimeLimit=20")  # its next life has time enough
+    halted.resume()
+    assert undisturbed.wait() == 0
+
+    found = ended(fit, judge, other)
+    assert [(one["JobState"], one["ExitCode"], one["Restarts"]) for one in found[:2]] == [
         ("COMPLETED", "0:0", "1"),
         ("COMPLETED", "0:0", "0"),
-    ]
-    log = (tmp_path / f"psftrain-fit-{fit}.log").read_text()
-    assert re.search(r"stopped: SIGTERM after step \d+", log)
-    assert json.loads((tmp_path / "runs/fit/run.json").read_text())["status"] == "finished"
+    ], log.read_text()
+    assert re.search(r"stopped: SIGTERM after step \d+", log.read_text())
+    assert log.read_text().count("400 steps in") == 1, "the first process alone answers"
+    weights = [runs.load_run(tmp_path / "runs" / name).model.state_dict() for name in ("fit", "alone")]
+    assert equal_states(*weights)
+    document = json.loads((tmp_path / "runs/fit/run.json").read_text())
+    assert (document["status"], document["processes"]) == ("finished", 2)
     assert (tmp_path / "runs/fit/eval/report.json").exists()
+
+    assert (found[2]["JobState"], found[2]["Restarts"]) == ("CANCELLED", "0")
+    assert checkpoint.steps(tmp_path / "runs/other") != [], "and has saved what it had"

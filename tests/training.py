@@ -25,8 +25,9 @@ from psfgen.store import open_store, schema
 from psfgen.store.open import format_of, store_class
 from psfgen.store.schema import StoreSpec
 from psftrain import checkpoint
+from psftrain.conditioning import Conditioning, conditioning_of
 from psftrain.config import FitConfig, load_fit_config
-from psftrain.data import Conditioning, Examples, conditioning_of, read_examples
+from psftrain.data import Examples, read_examples
 from psftrain.models.base import CVAE, Gaussian
 from psftrain.models.field import FieldCVAE
 
@@ -95,12 +96,15 @@ def make_store(
     change: Callable[[str, Array], None] = lambda name, values: None,
     settings: Mapping[str, Any] = MappingProxyType({}),
     blocks: Iterable[int] | None = None,
+    copies: int | None = None,
+    chunks: Mapping[str, int] = MappingProxyType({}),
 ) -> Path:
     """A store as `psfgen render` leaves it (HDF5 where the path ends in .h5), whose kernels are those of `formula`.
 
     No light arrives at the places `dark` (indices into focus, depth, row, column, wavelength). `change(name,
     values)` may spoil an array of a block before it is written. `settings`: other keys of the render's config.
-    `blocks`: the depths committed; default all.
+    `blocks`: those committed; default all. `copies`: so many specimens, copy c with kernels of all focus distances
+    10 % x c farther away in dioptres. `chunks`: sizes by dim, as of a rechunked store.
     """
     assert kernel_px % bins == 0
     config = RenderConfig(
@@ -128,6 +132,7 @@ def make_store(
         kernel_px=kernel_px,
         bins=bins,
         pitch_um=pitch_um,
+        copies=copies,
     )
     sha256 = hashlib.sha256(lens_text.encode()).hexdigest()
     document = schema.plain(config.model_dump(exclude=set(INVOCATION)))
@@ -153,14 +158,18 @@ def make_store(
         "orientation": "kernels are upright: row 0 is scene +y, the last column scene +x",
         "centring": "on the chief ray of reference_um",
         "field": "field = pinhole image position / half sensor side",
+        **({"chunks": dict(chunks)} if chunks else {}),
     }
     store = store_class(format_of(path)).create(path, StoreSpec(coords, attrs))
-    arrays = _arrays(coords, sensor_mm, list(dark), formula, kernel_px, bins)
-    for block in range(len(config.depth)) if blocks is None else blocks:
-        for name, values in arrays.items():
-            at = schema.ARRAY_DIMS[name].index("depth")
-            part = values.take([block], axis=at)
+    specimens = [
+        _arrays(coords, sensor_mm, list(dark), formula, kernel_px, bins, 1 + copy / 10) for copy in range(copies or 1)
+    ]
+    for block in range(len(store.blocks)) if blocks is None else blocks:
+        place = store.spec.block_at(block)
+        for name, values in specimens[place.get("copy", 0)].items():
+            part = values.take([place["depth"]], axis=schema.ARRAY_DIMS[name].index("depth"))
             change(name, part)
+            part = part if copies is None else part[None]
             store.write(block, name, part)
         store.commit(block, {"rays": 0, "seconds": 0.0, "host": "test", "versions": attrs["versions"]})
     if not store.missing():
@@ -175,13 +184,17 @@ def _arrays(
     formula: Callable[..., Array],
     kernel_px: int,
     bins: int,
+    farther: float = 1.0,
 ) -> dict[str, Array]:
     """Every array of a store by name; light is missing where `dark` says."""
     y, x = np.meshgrid(coords["field_y"], coords["field_x"], indexing="ij")
     aspect = sensor_mm[1] / sensor_mm[0]
     psf = np.stack(
         [
-            [formula(x, y, depth, focus, coords["wavelength"], kernel_px, aspect) for depth in coords["depth_dioptre"]]
+            [
+                formula(x, y, depth, farther * focus, coords["wavelength"], kernel_px, aspect)
+                for depth in coords["depth_dioptre"]
+            ]
             for focus in coords["focus_dioptre"]
         ]
     )
@@ -251,10 +264,13 @@ def one_line_error(ran: Ran) -> str:
     return lines[-1]
 
 
+CLOCKED = {"train/steps_per_s", "train/kernels_per_s", "train/data_share"}
+
+
 def logged(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in line if key not in ("time", "train/steps_per_s")} for line in lines]
+    return [{key: line[key] for key in line if key not in {"time", *CLOCKED}} for line in lines]
 
 
 def best(run: Path) -> dict[str, Any]:
