@@ -14,13 +14,13 @@ test: .venv/installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	find psfgen -name '*.nb?' -delete  # numba does not notice that a module which it compiled from has changed
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 # A real one-node Slurm, started for the tests; needs slurmctld slurmd slurm-client munge, and takes some 3 minutes.
 slurm: .venv/installed-test
 	$(BIN)/python -m pytest -q -m slurm
 
-# The long statistics: minutes, before a release.
+# The long campaigns of kills and statistics: some ten minutes and more, before a release.
 campaign: .venv/installed-test
 	$(BIN)/python -m pytest -q -m campaign
 
