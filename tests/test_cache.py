@@ -6,16 +6,14 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import fork, poll, wait_for
+from conftest import Disk, fork, poll, wait_for
 from training import make_store
 
 from psfgen.errors import FitError
@@ -175,29 +173,11 @@ def test_what_others_are_making_is_left_alone(store: Path, slow: Slow, tmp_path:
 # --- where it cannot be kept ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """A disk of so many KiB; needs a root who may mount."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def mount(kib: int) -> Path:
-        try:
-            done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "none", place], capture_output=True)
-        except FileNotFoundError:
-            pytest.skip("there is no mount command")
-        if done.returncode:
-            pytest.skip("mounting a disk is not allowed here")
-        return place
-
-    yield mount
-    subprocess.run(["umount", "-l", place], capture_output=True)
-
-
 @pytest.mark.parametrize("kib", [40, 60])
-def test_a_full_disk_is_told_and_nothing_is_left(store: Path, disk: Callable[[int], Path], kib: int) -> None:
+def test_a_full_disk_is_told_and_nothing_is_left(store: Path, disk: Disk, kib: int) -> None:
     """74 kernels of 3 x 10 x 10 take 87 KiB."""
-    folder = disk(kib) / "cache"
+    disk.remount(f"size={kib}k")
+    folder = disk.path / "cache"
     with pytest.raises(FitError, match=r"cannot be kept in \S*cache: No space left on device; .*data\.mode=stream"):
         cache.decoded(*opened(store, "psf"), folder)
     assert entries(folder) == []

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -119,7 +120,7 @@ def choose_tracer(name: str, lens: Lens) -> str:
     return name
 
 
-class TensorTracer:
+class TensorTracer(ABC):
     """What the two tracers over plain tensors share: from bundles to deposits, on the device of the lens."""
 
     def __init__(self, lens: Lens, wavelengths_um: tuple[float, ...], dtype: torch.dtype) -> None:
@@ -144,11 +145,11 @@ class TensorTracer:
                 _splat(self.lens, bundles, these, hit, tangents, valid, pitch_mm, halves)
         return passed, splat.weights(halves[bundles.slot])
 
+    @abstractmethod
     def _leave(
         self, wavelength_um: float, x: Tensor, y: Tensor, tangent_x: Tensor, tangent_y: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rays [B, N] from the plane of the first vertex -> x, y in that of the last, tangents [B, N, 2], validity."""
-        raise NotImplementedError
 
 
 class DeepLensTracer(TensorTracer):
