@@ -1,0 +1,128 @@
+"""From kernels to a ray map: many starts, few terms and a blurred picture first.
+
+The misfit of kernels has many valleys: which way rays cross between two foci is not seen in one kernel, only in how
+kernels change. So the search starts from many random maps of few terms on a coarse picture, where valleys are wide,
+and keeps the best while terms are added and the picture sharpens. It begins with one wavelength, at one depth and one
+focus; the others are then a small change of few terms away.
+
+Legend: M places, T terms, W wavelengths, k samples a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psftrain.raymap import distances
+from psftrain.raymap.solve import Fit, Seen
+from psftrain.raymap.stages import Stage, refined
+from psftrain.raymap.terms import Reach, Sites, Terms
+
+Array = NDArray[np.float64]
+
+STARTS = (
+    Stage(48, Reach(pupil=4, field=8, charge=1), 32, 8, 256, 20),
+    Stage(12, Reach(pupil=6, field=14, charge=2), 64, 8, 256, 30),
+    Stage(4, Reach(pupil=8, field=14, curl=6, charge=3), 64, 16, 512, 30),
+)
+FINEST = Reach(pupil=10, field=14, curl=9, charge=7)
+LAST = (Stage(1, FINEST, 128, 16, 512, 25), Stage(1, FINEST, 128, 32, 1024, 15))
+
+SYMMETRIC = 1.05  # by how much the misfit may grow without the terms of a misalignment where there is none
+CONTINUOUS = 1.1  # by how much it may grow for a map that changes little with the wavelength
+
+
+@dataclass(frozen=True)
+class RayMap:
+    """Coefficients [W, T] of `terms` at the wavelengths `wavelength_um` [W]; `misfit` [W] on the finest cells."""
+
+    terms: Terms
+    wavelength_um: Array
+    coefficients: Array
+    misfit: Array
+
+
+def fit_raymap(
+    sites: Sites,
+    kernels: NDArray[np.float32],
+    captured: Array,
+    wavelength_um: Array,
+    *,
+    seed: int,
+    threads: Executor,
+    done: Callable[[float], None] = lambda share: None,
+) -> RayMap:
+    """The ray map of kernels [M, W, k, k], which caught `captured` [M, W] of their light, at places `sites` [M].
+
+    `done` is told what share of the work is done.
+    """
+    seen = [Seen(sites, kernels[:, i], captured[:, i]) for i in range(len(wavelength_um))]
+    middle, home = len(seen) // 2, distances.home(sites, kernels)
+    pool = search(seen[middle][home], seed, threads)
+    depth, focus = distances.distances_of(sites)
+    charge = FINEST.charge if _misaligned(pool[0], seen[middle][home], threads) else -1
+    reach = replace(FINEST, charge=charge, depth=depth, focus=focus)
+    start = distances.spread_out(seen[middle], pool, reach, threads) if distances.several(reach) else pool[0]
+    done(0.2)
+    found = {middle: _polished(seen[middle], start, reach, threads)}
+    done(0.4)
+    for step, i in enumerate(sorted(set(range(len(seen))) - {middle}, key=lambda i: abs(i - middle)), start=1):
+        beside = found[i + 1 if i < middle else i - 1]
+        found[i] = _other_wavelength(seen[i], home, beside, seed, threads)
+        done(0.4 + 0.6 * step / (len(seen) - 1))
+    maps = [found[i] for i in range(len(seen))]
+    return RayMap(
+        maps[0].terms, wavelength_um, np.stack([fit.coefficients for fit in maps]), np.array([f.error for f in maps])
+    )
+
+
+def _other_wavelength(seen: Seen, home: NDArray[np.bool_], beside: Fit, seed: int, threads: Executor) -> Fit:
+    """The map of a wavelength beside one that is known: near that, unless another fits much better."""
+    reach = beside.terms.reach
+    near = refined(seen, [beside], replace(distances.MOVED, reach=reach), threads)[0]
+    near = _polished(seen, near, reach, threads)
+    if distances.several(reach):
+        return near
+    alone = search(seen[home], seed, threads)[0]
+    if near.error < CONTINUOUS * alone.error:
+        return near
+    return min(
+        near, _polished(seen, alone, reach, threads), key=lambda fit: fit.error * (1 if fit is near else CONTINUOUS)
+    )
+
+
+def search(seen: Seen, seed: int, threads: Executor) -> list[Fit]:
+    """The best ray maps for kernels of one wavelength, depth and focus, the best first."""
+    terms = Terms(STARTS[0].reach)
+    rng = np.random.default_rng(seed)
+    pool = [Fit(terms, _random(terms, rng), np.inf) for _ in range(STARTS[0].keep)]
+    for stage in STARTS:
+        pool = refined(seen, pool[: stage.keep], stage, threads)
+    return pool
+
+
+def _polished(seen: Seen, start: Fit, reach: Reach, threads: Executor) -> Fit:
+    fit = start
+    for stage in (distances.LAST,) if distances.several(reach) else LAST:
+        fit = refined(seen, [fit], replace(stage, reach=reach), threads)[0]
+    return fit
+
+
+def _misaligned(fit: Fit, seen: Seen, threads: Executor) -> bool:
+    """Whether the design alone fits worse."""
+    stage = STARTS[-1]
+    alone = refined(seen, [fit], replace(stage, reach=replace(stage.reach, charge=-1), steps=5), threads)[0]
+    return alone.error > SYMMETRIC * fit.error
+
+
+SPREAD = {1: 0.1, 2: 0.4, 3: 0.12}  # of random coefficients, by degree of the mode, in half windows
+
+
+def _random(terms: Terms, rng: np.random.Generator) -> Array:
+    """A design at random, without misalignment."""
+    width = [0.0 if term.charge else SPREAD.get(term.n, 0.03) / (1 + term.i) for term in terms.terms]
+    return np.array(width) * rng.normal(size=len(terms))
