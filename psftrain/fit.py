@@ -16,7 +16,7 @@ import yaml
 from psfgen.errors import STOP_SIGNALS, ConfigError, FitError, Preempted, RunMismatch, progress, stop_signals
 from psfgen.store import Store
 from psfgen.store.schema import plain
-from psftrain import advice, schedules
+from psftrain import advice, schedules, solving
 from psftrain import run as runs
 from psftrain.board import Board, Silent
 from psftrain.clock import Clock
@@ -44,29 +44,35 @@ class Fitted:
     step: int
     metrics: dict[str, float]
     seconds: float
+    solved: bool = False
 
 
 def fit(config: FitConfig, *, resume: bool = True) -> Fitted:
     """Train `config` into its run directory, or go on where the run stopped; under torchrun, in every process.
 
+    A model that is solved is so by the first process, while the others wait.
     Raises RunMismatch where the directory holds a run of another config or (without `resume`) any run,
     FitError where the loss is no longer finite, Preempted where a signal stopped it, with the work saved.
     """
     with stop_signals((*STOP_SIGNALS, signal.SIGINT)) as stopped, join(config.device) as ranks:
-        run, task = Path(config.run), _task(config, ranks)
+        run, task, solved = Path(config.run), _task(config, ranks), solving.is_solved(config.model.name)
         with ExitStack() as held:
             # Claimed before it is looked at: another process may be writing another config's run into it.
             ranks.from_first(lambda: held.enter_context(runs.claimed(run)))
             state = ranks.from_first(lambda: runs.last_state(run, config, task.identity, resume=resume))
             if state is not None and (state["step"] >= config.steps or state["ended"]):
-                return Fitted(run, state["step"], ranks.from_first(lambda: runs.finish(run, state["step"])), 0.0)
-            with _memory(ranks.device):
+                done = ranks.from_first(lambda: runs.finish(run, state["step"]))
+                return Fitted(run, state["step"], done, 0.0, solved)
+            if solved:
+                with _memory(torch.device("cpu"), "train on a store of fewer kernels"):
+                    return Fitted(run, *ranks.from_first(lambda: _solve(config, run, task, stopped)), solved)
+            with _memory(ranks.device, "try --set accumulate=2 or a smaller batch or model.width in another --run"):
                 return _train(config, run, ranks, task, state, stopped)
 
 
 @contextmanager
-def _memory(device: torch.device) -> Iterator[None]:
-    """Raise FitError where memory does not suffice."""
+def _memory(device: torch.device, way_out: str) -> Iterator[None]:
+    """Raise FitError, which names the way out, where memory does not suffice."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -74,8 +80,7 @@ def _memory(device: torch.device) -> Iterator[None]:
         if not known and "can't allocate memory" not in str(error):  # of a CPU it has no class of its own
             raise
         raise FitError(
-            f"the memory of {device} is too small for this run; what was saved before is kept, try --set accumulate=2 "
-            "or a smaller batch or model.width in another --run"
+            f"the memory of {device} is too small for this run; what was saved before is kept, {way_out}"
         ) from error
 
 
@@ -104,6 +109,20 @@ def _task(config: FitConfig, ranks: Ranks) -> _Task:
     conditioning = conditioning_of(stores)
     everything = catalogue(stores, conditioning, config.data.array)
     train, val, split = withhold(everything, config.data, config.seed)
+    if solving.is_solved(config.model.name):
+        solving.require_solvable(config)
+    else:
+        _require_batches(config, train, ranks)
+    identity = {
+        "fingerprint": fingerprint(stores, config.data.array),
+        "plan_sha256": [store.attrs["plan_sha256"] for store in stores],
+        "conditioning": conditioning_document(conditioning),
+    }
+    return _Task(stores, conditioning, everything, train, val, split, identity)
+
+
+def _require_batches(config: FitConfig, train: Places, ranks: Ranks) -> None:
+    """Raise ConfigError unless the batch can be filled, and shared among the processes."""
     if config.batch > len(train):
         raise ConfigError(f"batch {config.batch} is larger than the {len(train)} examples; --set batch={len(train)}")
     parts = ranks.world * config.accumulate
@@ -113,12 +132,16 @@ def _task(config: FitConfig, ranks: Ranks) -> _Task:
             f"process{'es' * (ranks.world > 1)} x accumulate {config.accumulate}); "
             f"--set batch={max(1, config.batch // parts) * parts}"
         )
-    identity = {
-        "fingerprint": fingerprint(stores, config.data.array),
-        "plan_sha256": [store.attrs["plan_sha256"] for store in stores],
-        "conditioning": conditioning_document(conditioning),
-    }
-    return _Task(stores, conditioning, everything, train, val, split, identity)
+
+
+def _solve(config: FitConfig, run: Path, task: _Task, stopped: list[str]) -> tuple[int, dict[str, float], float]:
+    source = open_source(task.stores, task.everything, config.data, torch.device("cpu"))
+    try:
+        held = _validation_set(config, task, source)
+        step, _, seconds = solving.solve(config, run, task, source, held, stopped)
+    finally:
+        source.close()
+    return step, runs.finish(run, step), seconds
 
 
 def _train(

@@ -30,6 +30,7 @@ from psftrain.config import FitConfig, ModelConfig
 from psftrain.data import require_same
 from psftrain.models import model_class
 from psftrain.models.base import CVAE
+from psftrain.models.solved import SolvedCVAE
 
 # Keys that may change between a run and its continuation. data.mode may as far as it leaves the order of the examples
 # alone, which `fit` sees to.
@@ -65,9 +66,10 @@ def last_state(run: Path, config: FitConfig, identity: dict[str, Any], *, resume
         raise RunMismatch(f"{run} holds a run already; choose another --run, or leave out --no-resume to go on")
     wanted = _flat(plain(config.model_dump()))
     found = _flat(read_config(run))
-    for key in wanted | found:
+    for key in ("model.name", *(wanted | found)):  # of another model much else is different
         if key not in WHERE and found.get(key) != wanted.get(key):
-            longer = f" (--init {run} starts it from these weights)" if key == "steps" else ""
+            solved = issubclass(model_class(config.model.name), SolvedCVAE)
+            longer = f" (--init {run} starts it from these weights)" if key == "steps" and not solved else ""
             raise RunMismatch(
                 f"{run} holds a run with {key} = {_as_yaml(found.get(key))}, this one has "
                 f"{_as_yaml(wanted.get(key))}; choose another --run{longer}, or delete {run}"

@@ -67,6 +67,7 @@ def state(run: Path, log: Log) -> dict[str, Any]:
         "steps": facts.get("steps"),
         "logged": log.time,
         "model": facts.get("model"),
+        "solved": facts.get("solved", False),
         "parameters": facts.get("parameters"),
         "examples": facts.get("examples"),
         "masked": facts.get("masked"),
@@ -86,15 +87,16 @@ def title(state: dict[str, Any]) -> str:
 
 def as_text(state: dict[str, Any], curves: Path | None) -> str:
     """What `psftrain show` prints."""
-    run, best, validation = state["run"], state["best"], state["validation"]
+    run, best, solved = state["run"], state["best"], state["solved"]
+    none = "none" if solved else "none: the best checkpoint is the last"
     masked = f", {state['masked']:,} places without light" if state["masked"] else ""
     lines = [
         f"{run}: {_status(state)}",
-        f"model           {state['model']}, {_count(state['parameters'])} parameters",
+        f"model           {state['model']}, {_size(state)}",
         f"data            {_count(state['examples'])} examples of {', '.join(state['stores'])}{masked}",
-        f"validation      {validation or 'none: the best checkpoint is the last'}",
+        f"validation      {state['validation'] or none}",
     ]
-    if best:
+    if best and not solved:
         lines.append(f"best            {JUDGE} {best[JUDGE]:.4g} at step {best['step']:,}")
     groups: dict[str, list[str]] = {}
     for name, value in sorted(state["metrics"].items()):
@@ -104,11 +106,23 @@ def as_text(state: dict[str, Any], curves: Path | None) -> str:
     saved = ", ".join(map(str, state["checkpoints"]))
     lines.append(f"checkpoints     {saved or 'none yet'}")
     lines.append(f"board           tensorboard --logdir {run}/tb")
-    lines.append(f"curves          {curves or 'nothing logged yet'}")
+    if not solved:  # at once, so that there is no curve
+        lines.append(f"curves          {curves or 'nothing logged yet'}")
     return "\n".join(lines)
 
 
+def _size(state: dict[str, Any]) -> str:
+    """How large a model is, in words."""
+    if not state["solved"]:
+        return f"{_count(state['parameters'])} parameters"
+    if state["parameters"]:
+        return f"solved, {state['parameters']:,} numbers"
+    return "not solved yet" if state["steps"] else "not solved: steps is 0"
+
+
 def _status(state: dict[str, Any]) -> str:
+    if state["solved"]:
+        return f"stopped; {state['goes_on_with']} solves it" if state["status"] == "stopped" else str(state["status"])
     words = f"{state['status']}, step {state['step']:,} of {_count(state['steps'])}"
     if state["logged"] is not None and state["status"] == "running":
         words += f", last logged {_ago(time.time() - state['logged'])} ago"

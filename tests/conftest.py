@@ -360,7 +360,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def meddling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A model in the table that can disturb its own training; it starts as a plain field_cvae."""
+    """A model in the table that can disturb its own training; it starts as a plain neural_cvae."""
     from fitting import plan_meddling
 
     from psftrain.models import MODELS

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
+import pkgutil
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from conftest import fork, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import CLOCKED, Meddling, best, equal_states, logged, make_store
+from training import TIMED, Meddling, best, equal_states, logged, make_store
 
 from psfgen.store import open_store
-from psftrain import checkpoint, schedules
+from psftrain import checkpoint, ddp, schedules
 from psftrain.conditioning import conditioning_of
 from psftrain.config import FitConfig
 from psftrain.data import catalogue, open_stores
@@ -82,7 +86,7 @@ def shown(run: Path) -> dict[str, list[Any]]:
     board = tensorboard(run)
     tags = board.Tags()
     scalars = {
-        tag: [(event.step, None if tag in CLOCKED else event.value) for event in board.Scalars(tag)]
+        tag: [(event.step, None if tag in TIMED else event.value) for event in board.Scalars(tag)]
         for tag in tags["scalars"]
     }
     pictures = {tag: [event.step for event in board.Images(tag)] for tag in tags["images"]}
@@ -146,3 +150,50 @@ def wear(after: int) -> Callable[[int], None]:
                     parameter.zero_()
 
     return meddle
+
+
+# --- several processes, and signals at chosen moments -----------------------------------------------------------------
+
+
+def together(world: int, work: Callable[[int], object]) -> list[int]:
+    """Exit codes of `world` processes that do `work(rank)` as torchrun would start them."""
+    return [wait_for(pid) for pid in begin(world, work)]
+
+
+def begin(world: int, work: Callable[[int], object]) -> list[int]:
+    """Their pids; each keeps to a core of its own, as far as there are any."""
+    cores = sorted(os.sched_getaffinity(0))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def one(rank: int) -> None:
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(world)}
+        os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), **where})
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
+        torch.set_num_threads(1)
+        ddp.AGREE_EVERY_S = 0.05
+        code = work(rank)
+        if isinstance(code, int):
+            os._exit(code)
+
+    return [fork(lambda rank=rank: one(rank)) for rank in range(world)]  # type: ignore[misc]
+
+
+def named(pattern: str) -> Callable[..., bool]:
+    """Whether `os.replace` is about to give a file a name like this."""
+    return lambda source, target: Path(target).match(pattern)
+
+
+def strike_at(patch: pytest.MonkeyPatch, name: str, wanted: Callable[..., bool], number: signal.Signals) -> None:
+    """Let a process get a signal when it calls a function for the first time with arguments that are `wanted`."""
+    call = pkgutil.resolve_name(name)
+    struck: list[int] = []
+
+    def strike(*args: Any, **kwargs: Any) -> Any:
+        if not struck and wanted(*args):
+            struck.append(number)
+            os.kill(os.getpid(), number)
+        return call(*args, **kwargs)
+
+    patch.setattr(name, strike)

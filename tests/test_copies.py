@@ -291,7 +291,8 @@ def test_copies_are_trained_on(built: Path, tmp_path: Path) -> None:
     from psftrain.config import load_fit_config
     from psftrain.fit import fit
 
-    fit(load_fit_config(None, [("store", str(built)), ("run", str(tmp_path / "run")), "steps=1", "batch=2"]))
+    sets = ["model.name=neural_cvae", "steps=1", "batch=2"]
+    fit(load_fit_config(None, [("store", str(built)), ("run", str(tmp_path / "run")), *sets]))
     lit = (open_store(built).read("captured") > 0).all(axis=-1)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["examples"] == lit.sum() > lit[0].sum()
 

@@ -5,51 +5,24 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import fork, poll, wait_for
-from fitting import last, same_run
+from conftest import poll, wait_for
+from fitting import begin, last, same_run, together
 from training import best, job, logged, make_store, one_line_error, psftrain, words
 
 from psfgen.errors import FitError
-from psftrain import checkpoint, ddp
+from psftrain import checkpoint
 from psftrain.config import FitConfig
 from psftrain.ddp import Ranks, join
 from psftrain.fit import fit
 from psftrain.step import Stepper
-
-
-def together(world: int, work: Callable[[int], object]) -> list[int]:
-    """Exit codes of `world` processes that do `work(rank)` as torchrun would start them."""
-    return [wait_for(pid) for pid in begin(world, work)]
-
-
-def begin(world: int, work: Callable[[int], object]) -> list[int]:
-    """Their pids; each keeps to a core of its own, as far as there are any."""
-    cores = sorted(os.sched_getaffinity(0))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def one(rank: int) -> None:
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(world)}
-        os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), **where})
-        os.sched_setaffinity(0, {cores[rank % len(cores)]})
-        torch.set_num_threads(1)
-        ddp.AGREE_EVERY_S = 0.05
-        code = work(rank)
-        if isinstance(code, int):
-            os._exit(code)
-
-    return [fork(lambda rank=rank: one(rank)) for rank in range(world)]  # type: ignore[misc]
 
 
 def fit_together(config: FitConfig, world: int = 2) -> None:

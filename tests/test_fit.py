@@ -15,6 +15,7 @@ from conftest import contents
 from fitting import conditions, run_json, steps_of, tensorboard, two_depths
 from training import (
     CLOCKED,
+    TRAINED,
     best,
     equal_states,
     examples_of,
@@ -30,7 +31,6 @@ from psftrain import checkpoint, metrics
 from psftrain.config import FitConfig, load_fit_config
 from psftrain.ddp import Ranks
 from psftrain.fit import fit
-from psftrain.models import MODELS
 from psftrain.run import load_run
 from psftrain.validation import Rows, validate
 
@@ -60,7 +60,7 @@ def test_a_run_directory(run: Path, store: Path) -> None:
     assert files >= expected
     assert all(name.startswith("tb/events") for name in files - expected)
     document = run_json(run)
-    assert (document["status"], document["steps"], document["model"]) == ("finished", 12, "field_cvae")
+    assert (document["status"], document["steps"], document["model"]) == ("finished", 12, "neural_cvae")
     assert (document["examples"], document["masked"]) == (49, 1)
     assert document["plan_sha256"] == [open_store(store).attrs["plan_sha256"]]
     model = load_run(run).model
@@ -209,7 +209,7 @@ def test_no_steps_validate_everything_and_draw(store: Path, tmp_path: Path, val:
     assert run_json(tmp_path / "run")["status"] == "finished"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_every_model_trains_and_is_loaded_as_it_was(name: str, tmp_path: Path) -> None:
     path = make_store(tmp_path / "s.zarr", grid=4)
     fit(job(path, tmp_path / "run", model__name=name))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import pkgutil
 import random
 import signal
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import fork, wait_for
-from fitting import run_json, same_run, two_depths
+from fitting import named, run_json, same_run, strike_at, two_depths
 from training import psftrain, words
 
 from psftrain import board, checkpoint, sources
@@ -161,20 +160,16 @@ def test_twenty_times_whenever_a_run_is_stopped(fits: Fits, number: signal.Signa
 # --- at chosen moments ------------------------------------------------------------------------------------------------
 
 
-def _named(pattern: str) -> Callable[..., bool]:
-    return lambda source, target: Path(target).match(pattern)
-
-
 # What the process is about to call; of `os.replace` the file that would get its name.
 MOMENTS: dict[str, tuple[str, Callable[..., bool]]] = {
     "it opens its stores": ("psftrain.fit.open_stores", lambda *args: True),
-    "it has written config.yaml": ("os.replace", _named("config.yaml")),
-    "it has written run.json": ("os.replace", _named("run.json")),
-    "it has written a checkpoint": ("os.replace", _named("step-*.pt")),
+    "it has written config.yaml": ("os.replace", named("config.yaml")),
+    "it has written run.json": ("os.replace", named("run.json")),
+    "it has written a checkpoint": ("os.replace", named("step-*.pt")),
     "it deletes old ones": ("psftrain.checkpoint.prune", lambda *args: True),
     "it validates": ("psftrain.validation.validate", lambda *args: True),
-    "it has written the best": ("os.replace", _named("best.pt")),
-    "it has written the last checkpoint": ("os.replace", _named(f"step-{BUSY['steps']:08d}.pt")),
+    "it has written the best": ("os.replace", named("best.pt")),
+    "it has written the last checkpoint": ("os.replace", named(f"step-{BUSY['steps']:08d}.pt")),
     "it has finished": ("psftrain.run.finish", lambda *args: True),
 }
 
@@ -187,25 +182,11 @@ def test_stopped_when(fits: Fits, number: signal.Signals) -> None:
     run = fits.fresh()
     for when, (name, wanted) in MOMENTS.items():
         with pytest.MonkeyPatch.context() as patch:
-            _strike_at(patch, name, wanted, number)
+            strike_at(patch, name, wanted, number)
             code = fits.life(run, forked=True)
         done = when in ("it has written the last checkpoint", "it has finished")
         assert code == (-KILL if number == KILL else 0 if done else 75), when
     fits.end(run)
-
-
-def _strike_at(patch: pytest.MonkeyPatch, name: str, wanted: Callable[..., bool], number: signal.Signals) -> None:
-    """Let a process get a signal when it calls a function for the first time with arguments that are `wanted`."""
-    call = pkgutil.resolve_name(name)
-    struck: list[int] = []
-
-    def strike(*args: Any, **kwargs: Any) -> Any:
-        if not struck and wanted(*args):
-            struck.append(number)
-            os.kill(os.getpid(), number)
-        return call(*args, **kwargs)
-
-    patch.setattr(name, strike)
 
 
 # --- before every change on the disk ----------------------------------------------------------------------------------

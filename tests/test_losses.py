@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training import BARE, Fixed
+from training import BARE, TRAINED, Fixed
 
 from psftrain import losses
 from psftrain.batch import Batch, Neighbours
@@ -35,7 +35,7 @@ from psftrain.losses import (
     rel_l2,
     smooth_l1,
 )
-from psftrain.models import MODELS, model_class
+from psftrain.models import model_class
 from psftrain.models.base import CVAE, Gaussian
 
 B, W, S, LATENT = 4, 2, 3, 3
@@ -417,7 +417,7 @@ def gradient(objective: Objective, terms: dict[str, Tensor]) -> Tensor:
     return torch.cat([each.flatten().double() for each in found if each is not None])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("smooth_on", SMOOTH_ON)
 class TestPrecision:
     """Of real models, with every term."""

@@ -1,4 +1,4 @@
-"""Every model's contract; the published one by independent computation; the symmetry of the default one."""
+"""Every model's contract; the published one by independent computation; the symmetry of neural_cvae."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
-from training import BARE, examples_of, job, logged, make_store, psftrain, words
+from training import BARE, TRAINED, examples_of, job, logged, make_store, psftrain, words
 
 from psfgen.errors import ConfigError, RunMismatch
 from psftrain import checkpoint
@@ -24,8 +24,8 @@ from psftrain.fit import fit
 from psftrain.losses import Objective
 from psftrain.models import MODELS, defaults, model_class
 from psftrain.models.base import CVAE
-from psftrain.models.field import FieldCVAE, octaves_for
 from psftrain.models.layers import fourier
+from psftrain.models.neural import NeuralCVAE, octaves_for
 from psftrain.models.seed import SeedCVAE
 from psftrain.order import Order
 
@@ -57,10 +57,10 @@ def kernels(count: int = 9, shape: tuple[int, int, int] = (2, 5, 5)) -> Tensor:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("shape", [(2, 5, 5), (1, 4, 4), (3, 7, 7)])
-class TestEveryModel:
-    """The contract of the table."""
+class TestEveryTrainedModel:
+    """The contract of the table; tests/test_solving.py has that of models that are solved."""
 
     def test_kernels_are_kernels(self, name: str, shape: tuple[int, int, int]) -> None:
         """Non-negative, every channel summing to 1, whatever the latent."""
@@ -117,7 +117,7 @@ class TestEveryModel:
         assert torch.equal(a.decode(z, conditions()), b.decode(z, conditions()))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_latent_posterior_and_prior_matter(name: str) -> None:
     """The decoder listens to the latent, the posterior to the kernel, the prior to the place."""
     model, condition = build(name), conditions()
@@ -332,7 +332,7 @@ def test_the_published_model_takes_one_depth_that_is_infinite() -> None:
         build("seed_cvae", conditioning=replace(one, depth_dioptre=(0.0, 1e-6)))
 
 
-# --- the default model: the symmetry of a lens with an axis -----------------------------------------------------------
+# --- neural_cvae: the symmetry of a lens with an axis -----------------------------------------------------------------
 
 
 def at(model: CVAE, x: float, y: float) -> Tensor:
@@ -343,7 +343,7 @@ def at(model: CVAE, x: float, y: float) -> Tensor:
 @pytest.fixture(params=[(2, 5, 5), (2, 6, 6)], ids=["odd", "even"])
 def symmetric(request: pytest.FixtureRequest) -> CVAE:
     """A model with weights large enough that its kernels have structure."""
-    model = build("field_cvae", request.param)
+    model = build("neural_cvae", request.param)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2.5)
@@ -378,7 +378,7 @@ def test_a_kernel_is_mirror_symmetric_about_its_field_direction(symmetric: CVAE)
 
 def test_any_turn_of_the_field_turns_the_kernel() -> None:
     """By the angle of the triangle 3, 4, 5, which takes some bins to bins: their logits keep their differences."""
-    model = build("field_cvae", (2, 11, 11))
+    model = build("neural_cvae", (2, 11, 11))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2.5)
@@ -397,8 +397,8 @@ def test_any_turn_of_the_field_turns_the_kernel() -> None:
 
 def test_angles_are_those_on_the_sensor() -> None:
     """On a wide sensor the corner's direction is that in mm, so its kernel is not the square one's."""
-    wide = build("field_cvae", conditioning=replace(BARE, aspect=0.5))
-    square = build("field_cvae")
+    wide = build("neural_cvae", conditioning=replace(BARE, aspect=0.5))
+    square = build("neural_cvae")
     assert torch.allclose(at(wide, 0.4, 0.8), at(square, 0.4, 0.4), atol=1e-6)
     corner = at(wide, 0.4, 0.8)
     assert torch.allclose(corner, corner.transpose(-2, -1).flip(-2, -1), atol=1e-5), "symmetric about the diagonal"
@@ -414,7 +414,7 @@ def test_the_axis_is_a_place_like_any_other(symmetric: CVAE, x: float) -> None:
 
 
 def test_depth_and_focus_matter() -> None:
-    model = build("field_cvae")
+    model = build("neural_cvae")
     z, place = torch.zeros(1, 3), torch.tensor([[0.5, 0.1, 0.0, 0.0]])
     for column in (2, 3):
         moved = place.clone()
@@ -432,7 +432,7 @@ def test_octaves_ring_less_than_once_in_sixteen_nodes(grid: int) -> None:
 
 @pytest.mark.parametrize(("grid", "octaves", "expected"), [(10, None, 0), (20, None, 1), (40, None, 2), (10, 3, 3)])
 def test_octaves_come_from_the_grid_unless_they_are_given(grid: int, octaves: int | None, expected: int) -> None:
-    model = build("field_cvae", conditioning=replace(BARE, grid=grid), octaves=octaves)
-    assert isinstance(model, FieldCVAE)
+    model = build("neural_cvae", conditioning=replace(BARE, grid=grid), octaves=octaves)
+    assert isinstance(model, NeuralCVAE)
     assert model.octaves == expected
     assert linears(model.prior_net)[0].in_features == 4 + 4 * expected

@@ -11,7 +11,7 @@ import yaml
 
 from psfgen.errors import ConfigError
 from psfgen.store.schema import plain
-from psftrain.config import FitConfig, load_fit_config
+from psftrain.config import FitConfig, ModelConfig, load_fit_config
 from psftrain.ddp import resolve_device
 from psftrain.losses import RECONSTRUCTIONS
 from psftrain.models import MODELS
@@ -25,6 +25,13 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "fit"
 def test_the_documented_defaults() -> None:
     config = load_fit_config(None, [])
     assert (config.store, config.run, config.val) == (("psfs.zarr",), "runs/fit", None)
+    assert (config.model.name, config.steps) == ("field_cvae", 1), "solved at once"
+    assert (config.data.array, config.data.val) == ("psf_binned", 0)
+    assert config == FitConfig(steps=1), "all else is what a model that is trained by steps has"
+
+
+def test_the_documented_defaults_of_training_by_steps() -> None:
+    config = load_fit_config(None, ["model.name=neural_cvae"])
     assert (config.steps, config.log_every, config.val_every, config.save_every, config.keep) == (
         3000,
         50,
@@ -32,18 +39,17 @@ def test_the_documented_defaults() -> None:
         1000,
         3,
     )
-    assert (config.model.name, config.data.array, config.data.val) == ("field_cvae", "psf_binned", 0)
-    assert config == FitConfig()
+    assert config == FitConfig(model=ModelConfig(name="neural_cvae"))
 
 
-def test_the_file_of_the_default_model_is_the_defaults() -> None:
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_file_of_a_model_is_its_defaults(path: Path) -> None:
+    config = load_fit_config(path, [])
+    assert config == load_fit_config(None, [f"model.name={config.model.name}"])
+
+
+def test_the_default_model_has_the_file_that_help_names() -> None:
     assert load_fit_config(CONFIGS / "field.yaml", []) == load_fit_config(None, [])
-
-
-def test_the_published_model_by_name_alone_is_its_file() -> None:
-    by_name = load_fit_config(None, ["model.name=seed_cvae"])
-    assert by_name == load_fit_config(CONFIGS / "seed.yaml", [])
-    assert by_name != load_fit_config(None, [])
 
 
 def test_there_is_a_file_for_every_model() -> None:
@@ -97,7 +103,9 @@ def test_a_reconstruction_is_a_name_or_weights(text: str, expected: dict[str, fl
 @pytest.mark.parametrize(
     "text", ["loss.recon=mse", "loss.recon.nll=0.5", "loss.recon={nll: 2}", "model.width=8", "lr=1"]
 )
-@pytest.mark.parametrize(("file", "name"), [("field.yaml", "field_cvae"), ("seed.yaml", "seed_cvae")])
+@pytest.mark.parametrize(
+    ("file", "name"), [("field.yaml", "field_cvae"), ("neural.yaml", "neural_cvae"), ("seed.yaml", "seed_cvae")]
+)
 def test_a_file_that_says_the_defaults_changes_nothing(text: str, file: str, name: str) -> None:
     """Nor what --set makes of them."""
     assert load_fit_config(CONFIGS / file, [text]) == load_fit_config(None, [f"model.name={name}", text])

@@ -89,7 +89,7 @@ def test_a_finished_run(judged: Path, folder: Path) -> None:
     assert (ran.code, ran.err) == (0, "")
     assert ran.out.startswith(f"{judged}: finished, step 12 of 12\n")
     lines = lines_of(ran.out)
-    assert re.fullmatch(r"field_cvae, [\d,]+ parameters", lines["model"])
+    assert re.fullmatch(r"neural_cvae, [\d,]+ parameters", lines["model"])
     assert lines["data"] == f"24 examples of {folder / 's.zarr'}, 1 places without light"
     assert lines["validation"] == str(folder / "v.zarr")
     assert re.fullmatch(r"val_prior/rel_l2 0\.\d+ at step (8|12)", lines["best"])

@@ -195,7 +195,14 @@ def test_a_training_in_two_processes_that_runs_out_of_time_goes_on_later_and_is_
     Meanwhile another training is cancelled, and stays so.
     """
     render(tiny(tmp_path / "psfs.zarr", grid=4, depth="2m", focus="2m"))
-    sets = {"steps": 400, "batch": 8, "log_every": 10, "save_every": 10**6, "device": "cpu"}
+    sets = {
+        "model.name": "neural_cvae",
+        "steps": 400,
+        "batch": 8,
+        "log_every": 10,
+        "save_every": 10**6,
+        "device": "cpu",
+    }
     words = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
     script = ["sbatch", "--parsable", "--mem=0", "--time=20", PIPELINES / "fit.sbatch"]
     fit = call("env", "PROCESSES=2", *script[:2], "--cpus-per-task=2", *script[2:], "--run", "runs/fit", *words)

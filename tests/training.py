@@ -7,11 +7,13 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 import torch
 from conftest import Ran
 from numpy.typing import NDArray
@@ -28,8 +30,14 @@ from psftrain import checkpoint
 from psftrain.conditioning import Conditioning, conditioning_of
 from psftrain.config import FitConfig, load_fit_config
 from psftrain.data import Examples, read_examples
+from psftrain.fit import fit
+from psftrain.models import MODELS, canonical
 from psftrain.models.base import CVAE, Gaussian
-from psftrain.models.field import FieldCVAE
+from psftrain.models.neural import NeuralCVAE
+from psftrain.raymap import copies, distances, search
+from psftrain.raymap.stages import Stage
+from psftrain.raymap.terms import Reach
+from psftrain.solving import is_solved
 
 Array = NDArray[Any]
 BARE = Conditioning(field_max=1.0, depth_dioptre=(0.5, 0.5), focus_dioptre=(0.5, 0.5), aspect=1.0, grid=5)
@@ -41,10 +49,13 @@ TINY: dict[str, Any] = {
     "save_every": 5,
     "warmup": 2,
     "device": "cpu",
+    "model.name": "neural_cvae",
     "model.width": 16,
     "model.latent": 3,
     "model.layers": 2,
 }
+
+TRAINED = [name for name in MODELS if not is_solved(name)]  # by steps
 
 # --- stores of a lens that is a formula -------------------------------------------------------------------------------
 
@@ -264,13 +275,14 @@ def one_line_error(ran: Ran) -> str:
     return lines[-1]
 
 
-CLOCKED = {"train/steps_per_s", "train/kernels_per_s", "train/data_share"}
+CLOCKED = {"train/steps_per_s", "train/kernels_per_s", "train/data_share"}  # of a model trained by steps
+TIMED = {"time", "train/seconds", *CLOCKED}
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in line if key not in {"time", *CLOCKED}} for line in lines]
+    return [{key: line[key] for key in line if key not in TIMED} for line in lines]
 
 
 def best(run: Path) -> dict[str, Any]:
@@ -296,13 +308,46 @@ def equal_states(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+# --- models that are solved -------------------------------------------------------------------------------------------
+
+
+def solve_quickly(patch: pytest.MonkeyPatch) -> None:
+    """Let ray maps be small, and found from few starts in few steps, and tables coarse: a run takes a second or two."""
+    patch.setattr(canonical, "FINE", 9)
+    patch.setattr(canonical, "COARSE", 5)
+    few = Stage(4, Reach(pupil=3, field=4, charge=1), 16, 8, 64, 5)
+    finest = Reach(pupil=4, field=6, curl=3, charge=1)
+    patch.setattr(search, "STARTS", (few,))
+    patch.setattr(copies, "COARSE", few.reach)
+    patch.setattr(copies, "ALONE", ((8, 64, 5),))
+    patch.setattr(copies, "TOGETHER", (copies.Round(finest, 8, 128),))
+    for name in ("MOVED", "FREED", "SHARPER", "LAST"):
+        patch.setattr(distances, name, replace(few, keep=1))
+    patch.setattr(search, "FINEST", finest)
+    patch.setattr(search, "LAST", (replace(few, keep=1, reach=finest, rays=128),))
+
+
+def fit_quickly(store: Path, run: Path, name: str) -> None:
+    """A run of any model in a second, never mind how good."""
+    with pytest.MonkeyPatch.context() as patch:
+        solve_quickly(patch)
+        fit(task(store, run, model__name=name) if is_solved(name) else job(store, run, model__name=name))
+
+
+def task(store: Path | Sequence[Path], run: Path, **changes: Any) -> FitConfig:
+    """A run of the default model, which is solved."""
+    stores = [store] if isinstance(store, Path) else store
+    places: list[tuple[str, Any]] = [("store", list(map(str, stores))), ("run", str(run)), ("device", "cpu")]
+    return load_fit_config(None, [*places, *((key.replace("__", "."), value) for key, value in changes.items())])
+
+
 # --- models to test with ----------------------------------------------------------------------------------------------
 
 DEFAULTS: dict[str, Any] = {}
 
 
-class Meddling(FieldCVAE):
-    """field_cvae, but `meddle(n)` is called in the n-th training step of this process (0 is the first) and
+class Meddling(NeuralCVAE):
+    """neural_cvae, but `meddle(n)` is called in the n-th training step of this process (0 is the first) and
     may return a number to multiply the posterior's means with; `model` is the one that is trained.
     """
 

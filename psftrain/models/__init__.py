@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 MODELS = {
     "field_cvae": "psftrain.models.field:FieldCVAE",
+    "canonical": "psftrain.models.canonical:CanonicalModel",
+    "neural_cvae": "psftrain.models.neural:NeuralCVAE",
     "seed_cvae": "psftrain.models.seed:SeedCVAE",
 }
 

@@ -8,7 +8,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from psfgen.errors import RunMismatch
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,28 @@ class CVAE(nn.Module, ABC):
     """A conditional VAE of kernels; built from (ModelConfig, shape (W, y, x), Conditioning)."""
 
     latent: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the conditions that it takes."""
+        return next((value.dtype for value in self.parameters()), torch.float32)
+
+    def for_wavelengths(self, wavelength_um: NDArray[np.float64]) -> CVAE:
+        """The same model with other channels [V], um. Raises RunMismatch where it cannot answer for them."""
+        raise RunMismatch(
+            f"model {type(self).__name__} knows the wavelengths that it was trained on and no others; field_cvae does"
+        )
+
+    def expected_error(self, condition: Tensor) -> Tensor | None:
+        """The relative L2 error [B] to be expected of the prior mean under conditions [B, C]; None: it cannot say."""
+        return None
+
+    def draw(self, count: int, seed: int) -> Tensor:
+        """Latents [count, L] of lenses as likely as those seen. Raises RunMismatch for a model that has seen one."""
+        raise RunMismatch(
+            f"model {type(self).__name__} has learned one lens and can draw no others; train model field_cvae on a "
+            "store with copies (psfgen render --copies 24 --tolerances FILE)"
+        )
 
     @abstractmethod
     def posterior(self, kernels: Tensor, condition: Tensor) -> Gaussian:

@@ -46,3 +46,25 @@ class GaussianHead(nn.Module):
     def forward(self, *inputs: Tensor) -> Gaussian:
         mean, logvar = self.net(torch.cat(inputs, dim=-1)).chunk(2, dim=-1)
         return Gaussian(mean, logvar)
+
+
+def hats(at: Tensor, knots: Tensor) -> Tensor:
+    """The weight of each ascending knot [K] in linear interpolation at [B]: [B, K]; beyond the ends, the nearest."""
+    at = at[:, None].clamp(knots[0], knots[-1])
+    if len(knots) == 1:
+        return torch.ones_like(at)
+    step = knots.diff()
+    rising = torch.cat([torch.ones_like(at), (at - knots[:-1]) / step], dim=-1)
+    falling = torch.cat([(knots[1:] - at) / step, torch.ones_like(at)], dim=-1)
+    return torch.minimum(rising, falling).clamp(0, 1)
+
+
+def on_the_simplex(kernels: Tensor) -> Tensor:
+    """The nearest kernels [..., y, x] that are non-negative and sum to 1 (Duchi et al., ICML 2008)."""
+    flat = kernels.flatten(-2)
+    falling = flat.sort(dim=-1, descending=True).values
+    excess = falling.cumsum(dim=-1) - 1
+    count = torch.arange(1, flat.shape[-1] + 1, device=flat.device)
+    kept = (falling * count > excess).sum(dim=-1, keepdim=True)
+    level = excess.gather(-1, kept - 1) / kept
+    return (flat - level).clamp_min(0).view_as(kernels)
