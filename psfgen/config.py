@@ -11,9 +11,10 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from psfgen.errors import ConfigError, nearest
-from psfgen.quantities import parse_distance_mm as parse_distance_mm  # psftrain takes these two from here
+from psfgen.quantities import parse_distance_mm as parse_distance_mm  # psftrain takes these three from here
 from psfgen.quantities import parse_distances_mm as parse_distances_mm
-from psfgen.quantities import parse_pair, parse_size_mm, parse_wavelength_um, parse_wavelengths_um
+from psfgen.quantities import parse_pair, parse_size_mm, parse_wavelength_um
+from psfgen.quantities import parse_wavelengths_um as parse_wavelengths_um
 
 
 class Config(BaseModel):

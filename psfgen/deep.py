@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from psfgen.block import Block, versions
-from psfgen.config import RenderConfig
 from psfgen.errors import PlanMismatch, StoreError
-from psfgen.optics.lens import FORMATS
-from psfgen.render import load
+from psfgen.render import load_again
 from psfgen.specimens import Specimens
 from psfgen.store import Store
 
@@ -67,15 +63,10 @@ def _compare(store: Store, specimens: Specimens, index: int, at: NDArray[np.int6
 
 def _specimens_of(store: Store) -> Specimens:
     """The lens and the plan of a store, from nothing but the store."""
-    lens, config = store.attrs["lens"], store.attrs["config"]
-    suffix = Path(str(config["lens"])).suffix
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"lens{suffix if suffix in FORMATS else '.json'}"
-        path.write_text(lens["text"], encoding="utf-8")
-        made, plan = load(RenderConfig.model_validate({**config, "lens": str(path)}), store.attrs["device"])
+    lens, plan = load_again(store, store.attrs["device"])
     try:
         plan.require_same(store.attrs, store.path)
     except PlanMismatch as error:
         reason = str(error).partition(": ")[2].partition(";")[0]
         raise StoreError(f"{store.path} cannot be rendered again by this psfgen: {reason}") from None
-    return Specimens(made, plan)
+    return Specimens(lens, plan)

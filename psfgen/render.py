@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from psfgen.block import cut_block, versions
 from psfgen.config import RenderConfig
 from psfgen.errors import ConfigError, Preempted
 from psfgen.executors import executor, slurm
-from psfgen.optics.lens import Lens
+from psfgen.optics.lens import FORMATS, Lens
 from psfgen.plan import INVOCATION, Plan, share
 from psfgen.specimens import Specimens
 from psfgen.store import Store, schema
@@ -78,6 +80,16 @@ def load(config: RenderConfig, device: str) -> tuple[Lens, Plan]:
         device=device,
     )
     return lens, Plan.of(config, lens)
+
+
+def load_again(store: Store, device: str, **changes: Any) -> tuple[Lens, Plan]:
+    """The lens and the plan of a store, from nothing but the store, with some keys of its config changed."""
+    lens, config = store.attrs["lens"], store.attrs["config"]
+    suffix = Path(str(config["lens"])).suffix
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"lens{suffix if suffix in FORMATS else '.json'}"
+        path.write_text(lens["text"], encoding="utf-8")
+        return load(RenderConfig.model_validate({**config, **changes, "lens": str(path)}), device)
 
 
 def resolve_device(name: str) -> str:

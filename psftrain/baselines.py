@@ -6,7 +6,7 @@ training depths and focus distances, linearly in dioptres.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +121,14 @@ CLASSICAL: dict[str, tuple[Callable[[Nodes], Query], int]] = {
     "rbf_tps": (rbf_tps, 3),
     "pca_rbf": (pca_rbf, 3),
 }
+
+
+def best_classical(means: Mapping[str, float]) -> str | None:
+    """The classical row with the lowest mean, of those that there are; of rows that agree, the plainer.
+
+    PCA + RBF is thin-plate RBF to rounding where there are fewer nodes than components.
+    """
+    return min((name for name in CLASSICAL if name in means), key=lambda name: round(means[name], 9), default=None)
 
 
 def brackets(known: Array, wanted: float) -> list[tuple[int, float]]:

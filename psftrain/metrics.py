@@ -84,11 +84,15 @@ def compare(found: Stack, truth: Stack, sample_px: float) -> dict[str, Array]:
     return values
 
 
+def summarise_errors(error: Array) -> dict[str, Any]:
+    """What a report says of relative errors [N]."""
+    return {"mean": error.mean(), "median": np.median(error), "p95": np.quantile(error, 0.95)}
+
+
 def summarise(values: dict[str, Array]) -> dict[str, Any]:
     """The numbers of one row of a report. Radii: mean absolute error / mean true radius."""
-    error = values["rel_l2"]
     row: dict[str, Any] = {
-        "rel_l2": {"mean": error.mean(), "median": np.median(error), "p95": np.quantile(error, 0.95)},
+        "rel_l2": summarise_errors(values["rel_l2"]),
         "centroid_px": values["centroid_px"].mean(),
         "mtf": values["mtf"].mean(),
     }

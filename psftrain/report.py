@@ -13,6 +13,7 @@ from psfgen.errors import FitError
 from psfgen.store.colour import channels_to_rgb, stretch
 from psfgen.store.schema import json_text
 from psftrain import advice
+from psftrain.calibration import reliability
 from psftrain.config import LossConfig
 from psftrain.evaluate import SCORES, Evaluation
 
@@ -25,12 +26,15 @@ TITLES = {
     "bicubic": "bicubic",
     "rbf_tps": "thin-plate RBF",
     "pca_rbf": "PCA + RBF",
+    "mlp": "plain network of the same size",
+    "trace": "tracing the lens itself",
     "noise_floor": "noise of the truth itself",
 }
 LEGEND = (
     "rel_l2: |K^ - K| / |K| over the whole stack of wavelengths; centroid_px: shift of the centre of mass, in samples; "
     "rms_radius, ee50, ee80: mean absolute error of the radius / mean true radius (50 % and 80 % of the energy); "
-    "mtf: mean absolute difference of the modulation transfer; ms_per_psf: time a kernel on the CPU, in batches"
+    "mtf: mean absolute difference of the modulation transfer; ms_per_psf: time a kernel on the CPU, in batches. "
+    "Behind +-: half the 95 % interval of the mean and of p95, by resampling the points"
 )
 
 
@@ -47,7 +51,8 @@ def headline(report: dict[str, Any], advice: str) -> str:
         return f"The model's prior mean errs {ours:.1%} on {report['n']} held-out points ({reason})"
     theirs = report["rows"][best]["rel_l2"]["mean"]
     verdict = "beats" if report["beats_best_classical"] else "does NOT beat"
-    ratio = f", a ratio of {ours / theirs:.2f}" if theirs > 0 else ""
+    found = report["ratio"]
+    ratio = f", a ratio of {ours / theirs:.2f} (95 % bound {found['mean_bound']:.2f})" if found else ""
     return (
         f"The model {verdict} the best classical interpolation on {report['n']} held-out points: "
         f"mean error {ours:.1%} against {theirs:.1%} ({TITLES[best]}){ratio}"
@@ -56,9 +61,35 @@ def headline(report: dict[str, Any], advice: str) -> str:
 
 def collapse(report: dict[str, Any]) -> str | None:
     """A warning where the posterior tells nothing that the prior does not, with what to do."""
-    if report["active_dims"]:
+    if report["active_dims"] or not report["latent_dims"]:
         return None
     return advice.collapse(report["kl_nats"], report["latent_dims"], LossConfig.model_validate(report["loss"]))
+
+
+def remarks(report: dict[str, Any]) -> list[str]:
+    """What a reader must know of the row trace, and which rows are left out, why."""
+    rows, found = report["rows"], []
+    if "trace" in rows:
+        traced, ours = rows["trace"], rows["prior_mean"]
+        error, faster = traced["rel_l2"]["mean"], traced["ms_per_psf"] <= ours["ms_per_psf"]
+        better = error <= traced["prior_mean_there"]
+        costs = (
+            f"tracing with {traced['spp']} rays a kernel errs {error:.2%} in {traced['ms_per_psf']:.3f} ms, the model "
+            f"{traced['prior_mean_there']:.2%} in {ours['ms_per_psf']:.3f} ms on the same {traced['n']} points"
+        )
+        if faster and better:
+            found.append(f"TRACE IT: {costs}; where the lens is known as well as here, tracing is faster and better")
+        elif better:
+            found.append(f"{costs}; the model is {traced['ms_per_psf'] / ours['ms_per_psf']:.1f} times as fast")
+        else:
+            found.append(f"{costs}; more rays were not tried")
+    told = report.get("calibration", {})
+    if told.get("spearman") is not None:
+        found.append(
+            f"expected against true error, over the {told['n']} points that stand out of the noise: rank correlation "
+            f"{told['spearman']:.2f}, median ratio {told['median_ratio']:.2f}"
+        )
+    return found + [f"without {TITLES[name]}: {reason}" for name, reason in report["left_out"].items()]
 
 
 def table(report: dict[str, Any]) -> list[list[str]]:
@@ -68,11 +99,18 @@ def table(report: dict[str, Any]) -> list[list[str]]:
     return [header] + [
         [
             TITLES[name],
-            *(f"{row['rel_l2'][key]:.2%}" for key in ("mean", "median", "p95")),
+            *(_error(row["rel_l2"], key) for key in ("mean", "median", "p95")),
             *(_number(name, key, row[key]) for key in (*SCORES[1:], "ms_per_psf")),
         ]
         for name, row in ordered
     ]
+
+
+def _error(errors: dict[str, Any], key: str) -> str:
+    if f"{key}_interval" not in errors:
+        return f"{errors[key]:.2%}"
+    low, high = errors[f"{key}_interval"]
+    return f"{errors[key]:.2%} +-{100 * (high - low) / 2:.2f}"
 
 
 def _number(row: str, key: str, value: float | None) -> str:
@@ -89,7 +127,8 @@ def as_text(report: dict[str, Any], advice: str) -> str:
     reasons = "no light, withheld or trained on, or beyond a row's reach"
     masked = f"{report['n']} points scored, {report['n_masked']} masked ({reasons})"
     warning = collapse(report)
-    return "\n".join([headline(report, advice), "", *lines, "", masked, *([f"warning: {warning}"] if warning else [])])
+    after = [masked, *remarks(report), *([f"warning: {warning}"] if warning else [])]
+    return "\n".join([headline(report, advice), "", *lines, "", *after])
 
 
 def write(evaluation: Evaluation, folder: Path, advice: str) -> dict[str, Path]:
@@ -107,6 +146,9 @@ def write(evaluation: Evaluation, folder: Path, advice: str) -> dict[str, Path]:
         paths["report_md"].write_text(_markdown(report, advice), encoding="utf-8")
         _examples(evaluation).savefig(paths["examples"], dpi=110)
         _error_map(evaluation).savefig(paths["error_map"], dpi=110)
+        if "expected" in evaluation.errors:
+            paths["reliability"] = folder / "reliability.png"
+            _reliability(evaluation).savefig(paths["reliability"], dpi=110)
     except OSError as error:
         raise FitError(f"report {folder} cannot be written: {error.strerror}; choose another --out") from None
     return paths
@@ -129,6 +171,7 @@ def _markdown(report: dict[str, Any], advice: str) -> str:
         *("| " + " | ".join(row) + " |" for row in rows),
         "",
         LEGEND,
+        *(line for remark in remarks(report) for line in ("", remark)),
         "",
         f"KL of the posterior from the prior: {report['kl_nats']:.3f} nats, "
         f"{report['active_dims']} of {report['latent_dims']} latent dimensions active.",
@@ -200,4 +243,20 @@ def _error_map(evaluation: Evaluation) -> Figure:
     figure.colorbar(
         drawn, ax=list(axes), label="relative L2 error, %, mean over depths and focus distances", extend="max"
     )
+    return figure
+
+
+def _reliability(evaluation: Evaluation) -> Figure:
+    """Expected against true errors: every point, and the means of groups of like expectation."""
+    expected, errors = evaluation.errors["expected"], evaluation.errors["prior_mean"]
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.scatter(100 * expected, 100 * errors, s=4, color="0.7", label="points")
+    means = [100 * mean for mean in reliability(expected, errors)]
+    axes.plot(*means, "o-", color="tab:blue", label="means of groups")
+    ends = [100 * min(expected.min(), errors.min()), 100 * max(expected.max(), errors.max())]
+    axes.plot(ends, ends, "k--", linewidth=1, label="as expected")
+    axes.set(xscale="log", yscale="log", xlabel="expected error (%)", ylabel="true error (%)")
+    axes.legend()
     return figure

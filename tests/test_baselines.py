@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.interpolate import RBFInterpolator
 
-from psftrain.baselines import CLASSICAL, COMPONENTS, MANY_NODES, Nodes, brackets
+from psftrain.baselines import CLASSICAL, COMPONENTS, MANY_NODES, Nodes, best_classical, brackets
 
 Array = NDArray[Any]
 Field = Callable[[Array, Array], Array]
@@ -272,3 +272,11 @@ def test_half_way_in_dioptres_is_half_of_each() -> None:
 def test_one_distance_is_all_there_is(apart: float) -> None:
     """A run takes distances for the trained one that differ by rounding to six digits."""
     assert brackets(np.array([0.5]), 0.5 - apart) == [(0, 1.0)]
+
+
+def test_the_best_row_is_the_plainer_of_two_that_agree() -> None:
+    """To rounding; rows that are not classical do not count."""
+    means = {"prior_mean": 0.01, "nearest": 0.3, "rbf_tps": 0.2 + 1e-16, "pca_rbf": 0.2 - 1e-14}
+    assert best_classical(means) == "rbf_tps"
+    assert best_classical({**means, "pca_rbf": 0.19}) == "pca_rbf"
+    assert best_classical({"prior_mean": 0.01}) is None
