@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from psftrain.predict import PsfModel
+    from psftrain.table import Table
 
 
 def load(run: str | Path, device: str = "cpu") -> PsfModel:
@@ -25,3 +26,14 @@ def load(run: str | Path, device: str = "cpu") -> PsfModel:
     from psftrain.run import load_run
 
     return PsfModel(load_run(Path(run)), resolve_device(device))
+
+
+def open_table(path: str | Path) -> Table:
+    """A table that `psftrain bake` wrote, decoded into memory, to be asked for kernels as a model is.
+
+    Raises StoreError where there is no store, ConfigError where it is no table, StoreCorrupt on a checksum mismatch.
+    """
+    from psfgen.store import open_store  # this brings zarr
+    from psftrain.table import Table  # and this numba
+
+    return Table(open_store(path))

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psfgen.errors import RunMismatch
 from psfgen.store import Store
+from psftrain.places import Domain
 
 CONDITION = ("field_x", "field_y", "depth", "focus")
 
@@ -47,23 +47,14 @@ class Conditioning:
             columns.append((np.asarray(values) - low - half) / half if half else np.zeros_like(values, dtype=float))
         return np.stack(np.broadcast_arrays(*columns), axis=-1).astype(np.float32)
 
+    def domain(self, what: str) -> Domain:
+        """Where kernels of `what` may be: within what was trained on."""
+        way_out = "render other points or train on a wider range"
+        return Domain(what, "trained on", way_out, self.field_max, self.depth_dioptre, self.focus_dioptre)
+
     def require(self, depth_dioptre: NDArray[np.float64], focus_dioptre: NDArray[np.float64], what: str) -> None:
-        """Raise RunMismatch where a depth or focus lies outside what was trained on."""
-        for name, values, (low, high) in (
-            ("depth", depth_dioptre, self.depth_dioptre),
-            ("focus", focus_dioptre, self.focus_dioptre),
-        ):
-            slack = 1e-6 * max(high, 1e-3)
-            outside = values[(values < low - slack) | (values > high + slack)]
-            if outside.size:
-                raise RunMismatch(
-                    f"{what}: {name} {_mm(outside[0])} is outside the range trained on, "
-                    f"{_mm(high)} to {_mm(low)}; render other points or train on a wider range"
-                )
-
-
-def _mm(dioptre: float) -> str:
-    return f"{1000 / dioptre:.6g} mm" if dioptre else "inf"
+        """Raise RunMismatch where a depth or focus of `what` lies outside what was trained on."""
+        self.domain(what).require(depth_dioptre, focus_dioptre)
 
 
 def conditioning_of(stores: Sequence[Store]) -> Conditioning:
