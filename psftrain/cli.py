@@ -7,12 +7,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from psfgen import __version__
 from psfgen.errors import ConfigError, report
+
+if TYPE_CHECKING:
+    from psftrain.fit import Fitted
 
 Command = Callable[..., Any]
 
@@ -36,7 +39,7 @@ def _first() -> bool:
 @click.version_option(__version__)
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Learn from a PSF store a conditional VAE that gives the PSF anywhere, at once.
+    """Learn from a PSF store a model that gives the PSF anywhere, at once.
 
     \b
     psftrain fit                                train on psfs.zarr into runs/fit
@@ -44,6 +47,7 @@ def cli(context: click.Context) -> None:
     psftrain sample runs/fit --grid 50 --depth 10m --focus 10m --out field.npz
     psftrain show                               how far is the newest run? curves as a picture
     psftrain export runs/fit                    the model for other programs: safetensors, ONNX, torch.export
+    psftrain bake runs/fit                      a table of its kernels that is read in microseconds
 
     Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 incomplete, 75 stopped with the work saved.
     """  # noqa: D301  (click reads the escape)
@@ -63,7 +67,7 @@ def common(command: Command) -> Command:
 @click.option("--store", multiple=True, metavar="STORE", help="Store to train on; may be repeated. [psfs.zarr]")
 @click.option("--run", metavar="DIR", help="Run directory. [runs/fit]")
 @click.option("--val", metavar="STORE", help="Store of other points for validation; never the one eval judges on.")
-@click.option("--init", metavar="RUN", help="Start from the weights of another run.")
+@click.option("--init", metavar="RUN", help="Start from the weights of another run (by steps).")
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set any config key; the value is YAML.")
 @click.option("--no-resume", is_flag=True, help="Refuse a run directory that is not empty.")
 @common
@@ -78,11 +82,11 @@ def fit(
     verbose: bool,
     as_json: bool,
 ) -> int:
-    """Train a model; run it again to go on where it stopped.
+    """Solve the default model, or train another by steps; run it again to go on where it stopped.
 
-    In several processes, one a GPU: torchrun --standalone --nproc-per-node N -m -- psftrain fit ...
+    CONFIG is a YAML file, such as configs/fit/neural.yaml; options win over --set, --set over CONFIG.
 
-    CONFIG is a YAML file, such as configs/fit/field.yaml; options win over --set, --set over CONFIG.
+    By steps in several processes, one a GPU: torchrun --standalone --nproc-per-node N -m -- psftrain fit ...
     """
     from psftrain.config import load_fit_config
 
@@ -95,21 +99,28 @@ def fit(
     if not _first():
         return 0
     scores = ", ".join(f"{name} {done.metrics[name]:.4g}" for name in SHOWN if name in done.metrics)
-    worked = f"{done.step} steps in {done.seconds:.0f} s" if done.seconds else f"{done.step} steps, nothing to do"
-    text = f"{done.run}: {worked}" + (f"; {scores}" if scores else "")
+    text = f"{done.run}: {_worked(done)}" + (f"; {scores}" if scores else "")
     text += f"\nwatch it: tensorboard --logdir {done.run}/tb; judge it: psftrain eval {done.run} --store HELDOUT"
     paths = {"run": str(done.run), "best": str(done.run / "checkpoints" / "best.pt")}
     _answer("fit", {"paths": paths, "step": done.step, "metrics": done.metrics}, text, as_json)
     return 0
 
 
-SHOWN = ("loss/recon", "loss/prior", "loss/kl", "val_prior/rel_l2")
+def _worked(done: Fitted) -> str:
+    """What a run has done, in words."""
+    what = f"{done.step} steps"
+    if done.solved:
+        what = "solved" if done.step else "checked, not solved"
+    return f"{what} in {done.seconds:.0f} s" if done.seconds else f"{what}, nothing to do"
+
+
+SHOWN = ("loss/recon", "loss/prior", "loss/kl", "left_out/rel_l2", "val_prior/rel_l2")
 
 
 @cli.command(name="eval")
 @click.argument("run", required=False)
 @click.option("--store", metavar="STORE", help="Held-out store to score on. [the training points]")
-@click.option("--no-baselines", is_flag=True, help="Leave the classical interpolations out.")
+@click.option("--no-baselines", is_flag=True, help="Leave out all that the model is measured against.")
 @click.option("--out", metavar="DIR", help="Where the report goes. [RUN/eval]")
 @common
 def evaluate(
@@ -124,7 +135,7 @@ def evaluate(
     from psftrain import report as reports
     from psftrain import run as runs
     from psftrain.evaluate import evaluate as score
-    from psftrain.evaluate import heldout_command
+    from psftrain.heldout import heldout_command
 
     trained = runs.load_run(Path(run) if run else runs.newest())
     found = score(trained, store, baselines=not no_baselines)
@@ -144,6 +155,10 @@ def evaluate(
 @click.option("--at", metavar="CSV", help="Points from a CSV file: field_x, field_y, depth_mm, focus_mm.")
 @click.option("--depth", metavar="D", help="Depths of the grid. [the trained one]")
 @click.option("--focus", metavar="D", help="Focus distances of the grid. [the trained one]")
+@click.option("--wavelength", metavar="L", help="Wavelengths in um, also between those trained on. [the trained ones]")
+@click.option("--outside", is_flag=True, help="Guess also outside what was trained on; such points are flagged.")
+@click.option("--prior", "copies", type=int, metavar="M", help="M plausible copies of the lens, drawn from the prior.")
+@click.option("--seed", type=int, default=0, help="Draws the copies. [0]")
 @click.option("--out", metavar="FILE", required=True, help="A .npz file or a .zarr folder.")
 @common
 def sample(
@@ -152,6 +167,10 @@ def sample(
     at: str | None,
     depth: str | None,
     focus: str | None,
+    wavelength: str | None,
+    outside: bool,
+    copies: int | None,
+    seed: int,
     out: str,
     verbose: bool,
     as_json: bool,
@@ -169,9 +188,40 @@ def sample(
         points, shape = sampling.csv_points(at), None
     else:
         points, shape = sampling.grid_points(trained, grid or 0, depth, focus)
-    kernels = sampling.sample(trained, points)
-    sampling.write(Path(out), trained, kernels, points, shape)
+    model = sampling.model_for(trained, wavelength)
+    if copies is None:
+        kernels = sampling.sample(model, points, outside=outside)
+    else:
+        kernels = sampling.draw(model, points, copies, seed)
+    sampling.write(Path(out), model, kernels, points, shape)
     _answer("sample", {"paths": {"out": out}, "kernels": len(points)}, f"{out}: {len(points)} points", as_json)
+    return 0
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--store", required=True, metavar="STORE", help="Measured kernels of one copy; a handful suffices.")
+@click.option("--copy", type=int, metavar="I", help="Which copy of a store with several, counted from 0.")
+@click.option("--out", metavar="DIR", help="The run that is written. [RUN-adapted]")
+@common
+def adapt(run: str, store: str, copy: int | None, out: str | None, verbose: bool, as_json: bool) -> int:
+    """Find the copy of a lens that a few measured kernels are of, and write its whole field as a run.
+
+    RUN was trained on many copies; what is written can be evaluated, sampled, exported and baked as any run.
+    """
+    from psftrain.adapt import adapt as infer
+    from psftrain.run import load_run
+
+    folder = Path(out) if out else Path(f"{run.rstrip('/')}-adapted")
+    done = infer(load_run(Path(run)), store, copy, folder)
+    text = (
+        f"{done.run}: adapted to {done.kernels} kernels of {store}; at these the error fell from "
+        f"{done.error_before:.1%} to {done.error:.1%}, over the field {done.expected_before:.1%} is expected of the "
+        f"mean copy and {done.expected:.1%} of this one"
+    )
+    numbers = ("kernels", "error_before", "error", "expected_before", "expected")
+    document = {"paths": {"run": str(done.run)}, **{name: getattr(done, name) for name in numbers}}
+    _answer("adapt", document, text, as_json)
     return 0
 
 
@@ -191,7 +241,7 @@ def show(run: str | None, out: str | None, verbose: bool, as_json: bool) -> int:
     log = showing.read_log(folder)
     state = showing.state(folder, log)
     curves = None
-    if log.scalars:
+    if log.scalars and not state["solved"]:
         from psftrain.curves import draw
 
         curves = draw(log, showing.title(state), Path(out) if out else folder / "curves.png")
@@ -220,6 +270,45 @@ def export(run: str, formats: tuple[str, ...], out: str | None, verbose: bool, a
     lines += [f"{done.paths[name]}: differs from the model by at most {d:.2g}" for name, d in done.differences.items()]
     document = {"paths": _texts(done.paths), "differences": done.differences}
     _answer("export", document, "\n".join(lines), as_json)
+    return 0
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--grid", type=int, default=49, show_default=True, metavar="N", help="N x N field points.")
+@click.option("--depth", metavar="D", help="Depths of the table. [those of the first training store]")
+@click.option("--focus", metavar="D", help="Focus distances of the table. [those of the first training store]")
+@click.option("--store", metavar="STORE", help="Held-out store to judge table and model on.")
+@click.option("--out", metavar="STORE", help="The table, a store. [RUN/table.zarr]")
+@common
+def bake(
+    run: str,
+    grid: int,
+    depth: str | None,
+    focus: str | None,
+    store: str | None,
+    out: str | None,
+    verbose: bool,
+    as_json: bool,
+) -> int:
+    """Write a model's kernels on a grid as a store that psftrain.open_table reads, for speed.
+
+    Between the nodes the table is bilinear in the field and linear in dioptres; how far it then is from the model is
+    measured at random places.
+    """
+    from psftrain import load
+    from psftrain.bake import bake as write
+    from psftrain.fidelity import as_text, heldout, judge
+    from psftrain.table import Lattice, Table
+
+    model = load(run)
+    held = heldout(model, store) if store else None
+    table = write(model, grid, depth, focus, out or Path(run) / "table.zarr")
+    judged = judge(model, Table(table), held) if held else None
+    nodes = dict(zip(("focus", "depth", "field_y", "field_x"), Lattice(table.coords).shape, strict=True))
+    error = table.attrs["bake"]["error"]
+    document = {"paths": {"table": table.path}, "nodes": nodes, "error": error, "heldout": judged}
+    _answer("bake", document, as_text(table, judged), as_json)
     return 0
 
 

@@ -5,7 +5,8 @@ Legend: N points, W wavelengths, y x the bins of a kernel.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -13,21 +14,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from psfgen.errors import ConfigError, RunMismatch
+from psfgen.errors import ConfigError
 from psfgen.store.schema import centres_um
 from psftrain.conditioning import Conditioning
 from psftrain.models.base import CVAE
+from psftrain.places import words
 from psftrain.run import Trained
 
 BATCH_BINS = 2**17  # bins of a batch; larger ones are no faster and take memory
 
 
 class PriorMean(nn.Module):
-    """The path that interpolates, from physical units: decode the mean of p(z | c)."""
+    """The path that interpolates, from physical units: decode the mean of p(z | c), or one latent `z` [L]."""
 
-    def __init__(self, model: CVAE, conditioning: Conditioning) -> None:
+    def __init__(self, model: CVAE, conditioning: Conditioning, z: Tensor | None = None) -> None:
         super().__init__()
-        self.model, self.field_max = model, conditioning.field_max
+        self.model, self.field_max, self.z = model, conditioning.field_max, z
         self.scales = [
             ((low + high) / 2, 2 / (high - low) if high > low else 0.0)
             for low, high in (conditioning.depth_dioptre, conditioning.focus_dioptre)
@@ -38,11 +40,16 @@ class PriorMean(nn.Module):
 
         Distances are scaled in the precision in which they are given, as `Conditioning.encode` does it.
         """
+        condition = self.condition(field, depth_mm, focus_mm)
+        z = self.model.prior(condition).mean if self.z is None else self.z.expand(condition.shape[0], -1)
+        return self.model.decode(z, condition)
+
+    def condition(self, field: Tensor, depth_mm: Tensor, focus_mm: Tensor) -> Tensor:
+        """The model's conditions [N, C] of such places."""
         columns = [field / self.field_max]
         for distance_mm, (centre, gain) in zip((depth_mm, focus_mm), self.scales, strict=True):
             columns.append(((1000 / distance_mm - centre) * gain)[:, None])
-        condition = torch.cat(columns, dim=-1).to(next(self.model.parameters()).dtype)
-        return self.model.decode(self.model.prior(condition).mean, condition)
+        return torch.cat(columns, dim=-1).to(self.model.dtype)
 
 
 class PsfModel:
@@ -53,39 +60,73 @@ class PsfModel:
     reaches, in half sensor sides. `depth_mm`, `focus_mm`: the nearest and farthest distance trained on.
     """
 
-    def __init__(self, trained: Trained, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, trained: Trained, device: str | torch.device = "cpu", wavelength_um: NDArray[np.float64] | None = None
+    ) -> None:
+        """`wavelength_um`: other channels than those trained on; raises RunMismatch where the model has none."""
         fingerprint, conditioning = trained.fingerprint, trained.conditioning
         self.trained = trained
         self.device = torch.device(device)
-        self.network = PriorMean(trained.model, conditioning).eval().to(self.device)
-        self.wavelength_um: NDArray[np.float64] = np.array(fingerprint["wavelength"])
+        model = trained.model if wavelength_um is None else trained.model.for_wavelengths(wavelength_um)
+        self.network = PriorMean(model, conditioning).eval().to(self.device)
+        known: NDArray[np.float64] = np.array(fingerprint["wavelength"])
+        self.wavelength_um = known if wavelength_um is None else wavelength_um
         window_um = fingerprint["pitch_um"] * fingerprint["kernel_px"]
         side = fingerprint["bins" if trained.config.data.array == "psf_binned" else "kernel_px"]
         self.pitch_um: float = window_um / side
         self.x_um = centres_um(side, self.pitch_um)
         self.y_um = self.x_um[::-1].copy()
         self.field_max = conditioning.field_max
-        self.depth_mm = _range_mm(conditioning.depth_dioptre)
-        self.focus_mm = _range_mm(conditioning.focus_dioptre)
+        self.domain = conditioning.domain(f"run {trained.path}")
+        self.depth_mm = self.domain.depth_mm
+        self.focus_mm = self.domain.focus_mm
 
     def __repr__(self) -> str:
         waves = ", ".join(f"{w:g}" for w in self.wavelength_um)
         return (
             f"<PsfModel {self.trained.path}: {waves} um, {len(self.y_um)} x {len(self.x_um)} bins of "
-            f"{self.pitch_um:.4g} um, field to {self.field_max:g}, depth {_words(self.depth_mm)} mm, "
-            f"focus {_words(self.focus_mm)} mm>"
+            f"{self.pitch_um:.4g} um, field to {self.field_max:g}, depth {words(self.depth_mm)} mm, "
+            f"focus {words(self.focus_mm)} mm>"
         )
 
+    def drawn(self, copies: int, seed: int) -> Iterator[PsfModel]:
+        """Models of copies drawn from the prior of a model that has seen many. Raises RunMismatch for another."""
+        for z in self.network.model.draw(copies, seed):
+            one = copy(self)
+            one.network = PriorMean(self.network.model, self.trained.conditioning, z).eval().to(self.device)
+            yield one
+
+    def expected_error(self, field: Any, depth_mm: Any = None, focus_mm: Any = None) -> NDArray[np.float32] | None:
+        """The relative L2 error [...] to be expected of `psf` at the same places; None where the model cannot say.
+
+        NaN outside what was trained on: nothing is known there.
+        """
+        xy, *distances_mm = self.domain.places(field, depth_mm, focus_mm, outside=True)
+        flat = [torch.tensor(xy.reshape(-1, 2)), *(torch.tensor(values.reshape(-1)) for values in distances_mm)]
+        with torch.no_grad():
+            found = self.network.model.expected_error(self.network.condition(*(part.to(self.device) for part in flat)))
+        if found is None:
+            return None
+        expected: NDArray[np.float32] = found.cpu().numpy().reshape(xy.shape[:-1])
+        return np.where(self.domain.is_outside(xy, *distances_mm), np.float32(np.nan), expected)
+
     def psf(
-        self, field: Any, depth_mm: Any = None, focus_mm: Any = None, *, batch: int | None = None
+        self,
+        field: Any,
+        depth_mm: Any = None,
+        focus_mm: Any = None,
+        *,
+        batch: int | None = None,
+        outside: bool = False,
     ) -> NDArray[np.float32]:
         """Kernels float32 [..., W, y, x] at `field` [..., 2] (field_x, field_y) and distances in mm.
 
         Lists, arrays and tensors; the distances are numbers or broadcast with the leading axes of `field`, may be
         inf, and may be left out where the run was trained on one value. `batch` points are computed at a time.
-        Raises RunMismatch outside what was trained on, ConfigError for what is no place.
+        Raises RunMismatch outside what was trained on, unless `outside` allows a guess there; ConfigError for what is
+        no place.
         """
-        xy, *distances_mm = self._places(field, depth_mm, focus_mm)
+        xy, *distances_mm = self.domain.places(field, depth_mm, focus_mm, outside=outside)
         shape, count = xy.shape[:-1], xy[..., 0].size
         kernel = (len(self.wavelength_um), len(self.y_um), len(self.x_um))
         size = max(1, BATCH_BINS // (kernel[1] * kernel[2])) if batch is None else batch
@@ -99,56 +140,3 @@ class PsfModel:
                 some = slice(start, start + size)
                 found[some] = self.network(*(column[some] for column in places)).cpu().numpy()
         return found.reshape(*shape, *kernel)
-
-    def _places(self, field: Any, depth_mm: Any, focus_mm: Any) -> list[NDArray[np.float64]]:
-        """`field` [..., 2], depth and focus [...], of one leading shape, all within what was trained on."""
-        xy = _numbers("field", field)
-        if xy.ndim < 1 or xy.shape[-1] != 2:
-            raise ConfigError(f"field has the shape {list(xy.shape)}; give [..., 2]: field_x, field_y")
-        distances_mm = [
-            _numbers(name, _only(name, trained_mm) if given is None else given)
-            for name, given, trained_mm in (
-                ("depth_mm", depth_mm, self.depth_mm),
-                ("focus_mm", focus_mm, self.focus_mm),
-            )
-        ]
-        try:
-            shape = np.broadcast_shapes(xy.shape[:-1], *(values.shape for values in distances_mm))
-        except ValueError:
-            given = ", ".join(str(list(values.shape)) for values in (xy, *distances_mm))
-            raise ConfigError(f"field, depth_mm and focus_mm of the shapes {given} do not go together") from None
-        reach = np.abs(xy).max(initial=0.0)
-        if not reach <= self.field_max * (1 + 1e-6):
-            raise RunMismatch(f"field {reach:g} is outside the field trained on, up to {self.field_max:g}")
-        with np.errstate(divide="ignore"):
-            depth, focus = (1000 / values for values in distances_mm)
-        self.trained.conditioning.require(depth, focus, f"run {self.trained.path}")
-        return [np.broadcast_to(xy, (*shape, 2)), *(np.broadcast_to(values, shape) for values in distances_mm)]
-
-
-def _numbers(name: str, given: Any) -> NDArray[np.float64]:
-    values = given.detach().cpu().numpy() if isinstance(given, Tensor) else given
-    try:
-        numbers = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name} is no array of numbers") from None
-    if name != "field" and np.isnan(numbers).any():
-        raise ConfigError(f"{name} holds NaN, which is no distance; inf is one")
-    return numbers
-
-
-def _only(name: str, trained_mm: tuple[float, float]) -> float:
-    near, far = trained_mm
-    if near < far:
-        raise ConfigError(f"the run was trained on a range of {name}, {_words(trained_mm)}; say which")
-    return near
-
-
-def _range_mm(dioptre: tuple[float, float]) -> tuple[float, float]:
-    far, near = (1000 / value if value else math.inf for value in dioptre)
-    return near, far
-
-
-def _words(distances_mm: tuple[float, float]) -> str:
-    near, far = (f"{distance:.6g}" for distance in distances_mm)
-    return near if near == far else f"{near} to {far}"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psfgen.config import parse_distance_mm, parse_distances_mm
+from psfgen.config import parse_distance_mm, parse_distances_mm, parse_wavelengths_um
 from psfgen.errors import ConfigError, FitError
 from psfgen.store.schema import COORD_ATTRS
 from psftrain.predict import PsfModel
@@ -59,21 +59,56 @@ def csv_points(path: str) -> NDArray[Any]:
     return np.array(points)
 
 
-def sample(trained: Trained, points: NDArray[Any]) -> NDArray[np.float32]:
-    """Kernels [P, W, y, x] of the prior mean at points [P, 4]. Raises RunMismatch outside what was trained."""
-    return PsfModel(trained).psf(points[:, :2], points[:, 2], points[:, 3])
+def model_for(trained: Trained, wavelength: str | None) -> PsfModel:
+    """The model with the channels that `--wavelength` names, or its own. Raises ConfigError or RunMismatch."""
+    if wavelength is None:
+        return PsfModel(trained)
+    try:
+        return PsfModel(trained, wavelength_um=np.array(parse_wavelengths_um(wavelength)))
+    except ValueError as error:
+        raise ConfigError(f"--wavelength {wavelength}: {error}") from None
+
+
+def sample(model: PsfModel, points: NDArray[Any], *, outside: bool = False) -> NDArray[np.float32]:
+    """Kernels [P, W, y, x] of the prior mean at points [P, 4].
+
+    Raises RunMismatch outside what was trained on, unless `outside` allows a guess there.
+    """
+    return model.psf(points[:, :2], points[:, 2], points[:, 3], outside=outside)
+
+
+def draw(model: PsfModel, points: NDArray[Any], copies: int, seed: int) -> NDArray[np.float32]:
+    """Kernels [copies, P, W, y, x] of lenses drawn from the prior, at points [P, 4].
+
+    Raises ConfigError for no copies, RunMismatch for a model of one lens and outside what was trained.
+    """
+    if copies < 1:
+        raise ConfigError(f"--prior {copies}: at least 1 copy")
+    return np.stack([one.psf(points[:, :2], points[:, 2], points[:, 3]) for one in model.drawn(copies, seed)])
 
 
 def write(
-    path: Path, trained: Trained, kernels: NDArray[Any], points: NDArray[Any], shape: tuple[int, ...] | None
+    path: Path,
+    model: PsfModel,
+    kernels: NDArray[Any],
+    points: NDArray[Any],
+    shape: tuple[int, ...] | None,
 ) -> None:
-    """Write kernels to .npz or .zarr; with `shape` unfolded over (focus, depth, field_y, field_x)."""
+    """Write kernels to .npz or .zarr; with `shape` unfolded over (focus, depth, field_y, field_x).
+
+    Beside them `outside`, which points lie outside what was trained on, and `expected_error`, where the model can say.
+    """
     if path.suffix not in (".npz", ".zarr"):
         raise ConfigError(f"--out {path}: write a name that ends in .npz or .zarr")
     if path.exists():
         raise ConfigError(f"--out {path} exists; choose another name")
-    model, array = PsfModel(trained), trained.config.data.array
+    trained = model.trained
+    array = trained.config.data.array
     down, across = ("by", "bx") if array == "psf_binned" else ("ky", "kx")
+    about: dict[str, NDArray[Any]] = {"outside": model.domain.is_outside(points[:, :2], points[:, 2], points[:, 3])}
+    expected = model.expected_error(points[:, :2], points[:, 2], points[:, 3])
+    if expected is not None:
+        about["expected_error"] = expected
     coords: dict[str, Any] = {"wavelength": model.wavelength_um, down: model.y_um, across: model.x_um}
     if shape is None:
         dims: tuple[str, ...] = ("point",)
@@ -83,17 +118,24 @@ def write(
         unfolded = points.reshape(*shape, 4)
         axes = (unfolded[:, 0, 0, 0, 3], unfolded[0, :, 0, 0, 2], unfolded[0, 0, :, 0, 1], unfolded[0, 0, 0, :, 0])
         coords |= dict(zip(dims, axes, strict=True))
-        kernels = kernels.reshape(*shape, *kernels.shape[1:])
+        kernels = kernels.reshape(*kernels.shape[:-4], *shape, *kernels.shape[-3:])
+        about = {name: values.reshape(shape) for name, values in about.items()}
+    of_points = dims
+    if kernels.ndim == len(dims) + 4:
+        dims = ("copy", *dims)
+        coords["copy"] = np.arange(len(kernels))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".npz":
             arrays: dict[str, Any] = {array: kernels, **coords}
-            arrays |= {name: values for name, (_, values) in columns.items()}
+            arrays |= {name: values for name, (_, values) in columns.items()} | about
             np.savez(path, **arrays)
             return
         import xarray as xr
 
-        data = xr.Dataset({array: ((*dims, "wavelength", down, across), kernels)}, {**coords, **columns})
+        told = {name: (of_points, values, {"units": "1"}) for name, values in about.items()}
+        kernel_dims = (*dims, "wavelength", down, across)
+        data = xr.Dataset({array: (kernel_dims, kernels), **told}, {**coords, **columns})
         for name in data.coords:
             data[name].attrs = dict(COORD_ATTRS[str(name).removesuffix("_mm")])
         data[array].attrs = {"units": "1", "run": str(trained.path), "path": "prior mean"}

@@ -38,7 +38,7 @@ DOCS = Path(__file__).parent.parent / "docs" / "export.md"
 
 @pytest.fixture(scope="module")
 def ranges(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """field_cvae over 1 m to infinity and two focus distances of a wide sensor, exported."""
+    """neural_cvae over 1 m to infinity and two focus distances of a wide sensor, exported."""
     folder = tmp_path_factory.mktemp("ranges")
     store = make_store(
         folder / "s.zarr", depth=(1000.0, math.inf), focus=(1500.0, 4000.0), field_max=0.8, sensor_mm=(8.0, 6.0)
@@ -156,7 +156,7 @@ def test_an_export_is_loaded_as_a_run_is(ranges: Path, tmp_path: Path) -> None:
 
 def test_config_json_says_everything_in_units(ranges: Path) -> None:
     document = json.loads((ranges / "export" / "config.json").read_text())
-    assert document["model"] == "field_cvae"
+    assert document["model"] == "neural_cvae"
     assert document["step"] == 12
     assert document["config"] == yaml.safe_load((ranges / "config.yaml").read_text())
     assert document["fingerprint"] == best(ranges)["fingerprint"]
@@ -346,6 +346,7 @@ def test_the_documented_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     store = make_store(tmp_path / "psfs.zarr", grid=3, depth=(400.0, math.inf), focus=(400.0, 20000.0), field_max=0.6)
     fit(job(store, Path("runs/fit")))
     assert psftrain("export", "runs/fit").code == 0
+    assert psftrain("bake", "runs/fit", "--grid", 3).code == 0
     examples = [*_snippets(DOCS), *(text for text in _snippets(DOCS.parent.parent / "README.md") if "psftrain" in text)]
     assert len(examples) >= 4
     for example in examples:

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from training import best, job, make_store
+from training import TRAINED, best, fit_quickly, job, make_store
 
 import psftrain
 from psfgen.errors import ConfigError, RunMismatch
 from psftrain import checkpoint
 from psftrain.fit import fit
+from psftrain.models import MODELS
 from psftrain.predict import PriorMean, PsfModel
 from psftrain.run import load_run
 from psftrain.sample import sample
@@ -25,12 +26,12 @@ Array = NDArray[Any]
 CORNERS = [[-0.8, -0.8], [0.8, -0.8], [0.0, 0.0], [0.3, 0.8]]
 
 
-@pytest.fixture(scope="module", params=["field_cvae", "seed_cvae"])
+@pytest.fixture(scope="module", params=MODELS)
 def single(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trained at one depth, infinity, and one focus."""
     folder = tmp_path_factory.mktemp("single")
     store = make_store(folder / "s.zarr", depth=(math.inf,), field_max=0.8)
-    fit(job(store, folder / "run", model__name=request.param))
+    fit_quickly(store, folder / "run", request.param)
     return folder / "run"
 
 
@@ -141,7 +142,7 @@ def test_what_did_not_vary_need_not_be_said(single: Path) -> None:
     for given in ({"depth_mm": math.inf}, {"focus_mm": 2000}, {"depth_mm": math.inf, "focus_mm": [2000] * 4}):
         assert np.array_equal(model.psf(CORNERS, **given), found)
     points = np.column_stack([CORNERS, np.full(4, math.inf), np.full(4, 2000.0)])
-    assert np.array_equal(sample(load_run(single), points), found)
+    assert np.array_equal(sample(PsfModel(load_run(single)), points), found)
 
 
 def test_full_size_kernels(tmp_path: Path) -> None:
@@ -152,6 +153,7 @@ def test_full_size_kernels(tmp_path: Path) -> None:
     assert model.x_um == pytest.approx((np.arange(10) - 4.5) * 4)
 
 
+@pytest.mark.parametrize("single", TRAINED, indirect=True)
 def test_the_averaged_weights_are_used_where_there_are_any(single: Path, tmp_path: Path) -> None:
     state = best(single)
     state["ema"] = {name: value + 0.01 for name, value in state["model"].items()}

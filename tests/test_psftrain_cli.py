@@ -16,7 +16,7 @@ from training import TINY, make_store, one_line_error, psftrain, words
 from psfgen import __version__
 
 HEAVY = {"torch", "deeplens", "zarr", "dask", "xarray", "numpy", "matplotlib", "scipy", "tensorboard"}
-COMMANDS = ("fit", "eval", "sample", "show", "export")
+COMMANDS = ("fit", "eval", "sample", "show", "export", "bake")
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_the_commands_chain_in_an_empty_folder(empty: Path) -> None:
     assert "loss/recon" in fitted.out
     assert "tensorboard --logdir runs/fit/tb" in fitted.out
     assert "psftrain eval runs/fit --store" in fitted.out
-    assert "fit field_cvae" in fitted.err
+    assert "fit neural_cvae" in fitted.err
     judged = psftrain("eval")
     assert judged.code == 0, judged.err
     assert judged.out.startswith("NOT HELD-OUT")
@@ -145,7 +145,9 @@ def test_one_document_each(empty: Path) -> None:
 def test_defaults_yaml_set_and_flags_in_that_order(empty: Path) -> None:
     store = make_store(empty / "s.zarr", grid=3)
     make_store(empty / "v.zarr", grid=3, layout="cells")
-    (empty / "job.yaml").write_text("store: nowhere.zarr\nrun: a\nsteps: 3\nbatch: 4\nseed: 5\n")
+    (empty / "job.yaml").write_text(
+        "store: nowhere.zarr\nrun: a\nsteps: 3\nbatch: 4\nseed: 5\nmodel: {name: neural_cvae}\n"
+    )
     given = ["--set", "steps=2", "--set", "run=b", "--set", "model.width=8", "--set", "model.latent=2"]
     ran = psftrain("fit", "job.yaml", *given, "--run", "c", "--store", store, "--val", "v.zarr")
     assert ran.code == 0, ran.err

@@ -13,9 +13,10 @@ import torch
 import xarray
 from conftest import contents
 from numpy.typing import NDArray
-from training import job, make_store, one_line_error, psftrain
+from training import fit_quickly, job, make_store, one_line_error, psftrain
 
 from psftrain.fit import fit
+from psftrain.predict import PsfModel
 from psftrain.run import Trained, load_run
 from psftrain.sample import COLUMNS, sample
 
@@ -107,7 +108,7 @@ def test_both_formats_hold_the_same(run: Path, tmp_path: Path) -> None:
     for name in ("field.npz", "field.zarr"):
         assert psftrain("sample", run, "--grid", 2, "--depth", "3m", "--out", tmp_path / name).code == 0
     with np.load(tmp_path / "field.npz") as npz, xarray.open_zarr(tmp_path / "field.zarr") as zarr:
-        assert set(npz.files) == {"psf_binned", *zarr.coords}
+        assert set(npz.files) == {"psf_binned", "outside", *zarr.coords}
         assert all(np.array_equal(npz[name], zarr[name].values) for name in npz.files)
 
 
@@ -125,7 +126,7 @@ def test_many_points_are_what_each_is_alone(single: Path) -> None:
     """More than a batch."""
     trained, rng = load_run(single), np.random.default_rng(0)
     points = np.column_stack([rng.uniform(-1, 1, (700, 2)), np.full(700, math.inf), np.full(700, 2000.0)])
-    found = sample(trained, points)
+    found = sample(PsfModel(trained), points)
     assert found.shape == (700, 3, 5, 5)
     for index in (0, 511, 512, 699):
         assert found[index] == pytest.approx(expected(trained, *points[index]), abs=1e-6)
@@ -142,10 +143,70 @@ def test_full_size_kernels(tmp_path: Path) -> None:
     fit(job(store, tmp_path / "run", steps=1, data__array="psf"))
     assert psftrain("sample", tmp_path / "run", "--grid", 2, "--out", tmp_path / "a.zarr").code == 0
     with xarray.open_zarr(tmp_path / "a.zarr") as found:
-        (array,) = found.data_vars.values()
+        array = found["psf"]
         assert array.shape[-2:] == (10, 10)
         places = found[array.dims[-1]].values
         assert places == pytest.approx((np.arange(10) - 4.5) * 4.0)
+
+
+@pytest.fixture(scope="module")
+def solved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the default model, over field, three wavelengths and one depth."""
+    folder = tmp_path_factory.mktemp("solved")
+    fit_quickly(make_store(folder / "s.zarr", grid=4, kernel_px=16, bins=8), folder / "run", "field_cvae")
+    return folder / "run"
+
+
+def test_expected_errors_and_flags(solved: Path, tmp_path: Path) -> None:
+    """Beside the kernels; outside what was trained on a guess is flagged, and nothing is expected of it."""
+    (tmp_path / "points.csv").write_text("field_x,field_y,depth_mm,focus_mm\n0.1,0.2,2m,2m\n1.2,0,2m,2m\n0,0,1m,2m\n")
+    given = ["sample", solved, "--at", tmp_path / "points.csv", "--out", tmp_path / "a.npz"]
+    assert "is outside the field trained on" in one_line_error(psftrain(*given))
+    assert psftrain(*given, "--outside").code == 0
+    with np.load(tmp_path / "a.npz") as found:
+        assert found["outside"].tolist() == [False, True, True]
+        assert np.isnan(found["expected_error"]).tolist() == [False, True, True]
+        assert 0 < found["expected_error"][0] < 1
+        assert found["psf_binned"].sum(axis=(-2, -1)) == pytest.approx(np.ones((3, 3)), abs=1e-5)
+
+
+def test_wavelengths_between_those_trained_on(solved: Path, tmp_path: Path) -> None:
+    """At the trained ones they are the model's own kernels, and between them they lie between."""
+    given = ["sample", solved, "--grid", 3]
+    assert psftrain(*given, "--out", tmp_path / "own.npz").code == 0
+    assert psftrain(*given, "--wavelength", "0.48,0.515,0.55", "--out", tmp_path / "other.npz").code == 0
+    with np.load(tmp_path / "own.npz") as own, np.load(tmp_path / "other.npz") as other:
+        assert other["wavelength"].tolist() == [0.48, 0.515, 0.55]
+        kernels, known = other["psf_binned"], own["psf_binned"]
+        assert np.allclose(kernels[..., [0, 2], :, :], known[..., :2, :, :], atol=1e-4)
+        middle = known[..., :2, :, :].mean(axis=-3)
+        apart = np.linalg.norm(known[..., 1, :, :] - known[..., 0, :, :])
+        assert np.linalg.norm(kernels[..., 1, :, :] - middle) < apart
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0.7", "wavelengths 0.7 um are not all within those trained on, 0.48 to 0.64 um"),
+        ("blue", "--wavelength blue: 'blue' is no list of numbers"),
+    ],
+)
+def test_wavelengths_beyond_are_refused(solved: Path, tmp_path: Path, text: str, message: str) -> None:
+    ran = psftrain("sample", solved, "--grid", 2, "--wavelength", text, "--out", tmp_path / "a.npz")
+    assert message in one_line_error(ran)
+    assert not (tmp_path / "a.npz").exists()
+
+
+def test_other_models_know_their_own_wavelengths(run: Path, tmp_path: Path) -> None:
+    given = ["--grid", 2, "--depth", "1m", "--wavelength", "0.5", "--out", tmp_path / "a.npz"]
+    assert "knows the wavelengths that it was trained on and no others" in one_line_error(
+        psftrain("sample", run, *given)
+    )
+
+
+def test_one_lens_has_no_copies(solved: Path, tmp_path: Path) -> None:
+    ran = psftrain("sample", solved, "--grid", 2, "--prior", 3, "--out", tmp_path / "a.npz")
+    assert "has learned one lens and can draw no others; train model field_cvae on a store" in one_line_error(ran)
 
 
 # --- points of one's own ----------------------------------------------------------------------------------------------

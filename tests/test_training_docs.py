@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import yaml
 from fitting import tensorboard
-from training import make_store, psftrain
+from training import make_store, psftrain, solve_quickly
 
 from psftrain.config import FitConfig, load_fit_config
 from psftrain.losses import DIFFERENCES, RECONSTRUCTIONS
-from psftrain.models import MODELS
+from psftrain.models import MODELS, defaults
 from psftrain.run import _flat
 
 ROOT = Path(__file__).parents[1]
@@ -44,14 +44,25 @@ def test_every_key_is_documented_with_its_default() -> None:
         assert keys_of(load_fit_config(None, [f"{key}={text}"]).model_dump())[key] == defaults[key], key
 
 
+@pytest.mark.parametrize(("file", "name"), [("field.yaml", "field_cvae"), ("canonical.yaml", "canonical")])
+def test_a_solved_model_takes_one_step(file: str, name: str) -> None:
+    """Its file names what else it heeds."""
+    assert defaults(name) == {"steps": 1}
+    assert "- **`steps`** is 1." in TEXT
+    document = yaml.safe_load((ROOT / "configs" / "fit" / file).read_text())
+    data = {f"data.{key}" for key in ("array", "val", "val_depth", "val_focus")}
+    assert set(_flat(document)) == {"seed", "model.name", *data}
+    assert "It heeds `store`, `val`, `run`, `seed` (of the random starts), `data.*` and `steps`" in TEXT
+
+
 def test_every_key_is_documented_once() -> None:
     names = [row[0] for row in rows("key")]
     assert len(names) == len(set(names))
 
 
 def test_the_file_of_the_defaults_names_every_key() -> None:
-    """But where things are."""
-    document = yaml.safe_load((ROOT / "configs" / "fit" / "field.yaml").read_text())
+    """But where things are. The defaults in the tables are those of training by steps."""
+    document = yaml.safe_load((ROOT / "configs" / "fit" / "neural.yaml").read_text())
     assert keys_of(document).keys() == keys_of(FitConfig().model_dump()).keys() - {"store", "run", "val", "init"}
 
 
@@ -74,7 +85,7 @@ def test_every_model_is_documented() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the documented commands were run one after the other, a few steps each."""
+    """Where the documented commands were run one after the other, quickly."""
     folder = tmp_path_factory.mktemp("docs")
     for name, changes in (("psfs", {}), ("a", {}), ("b", {"lens_text": "{}"}), ("other-points", {"layout": "cells"})):
         make_store(folder / f"{name}.zarr", **{"grid": 8, **changes})  # type: ignore[arg-type]
@@ -83,26 +94,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert len(commands) >= 6
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        solve_quickly(patch)
         for command in commands:
             program, *words = shlex.split(command, comments=True)
             assert program == "psftrain"
-            asked = " ".join(words)
-            short = [f"--set={text}" for text in SHORT if "steps=0" not in asked or "steps" not in text]
-            ran = psftrain(*words, *short)
+            by_steps = "neural" in command
+            ran = psftrain(*words, *(f"--set={text}" for text in (SHORT if by_steps else ["device=cpu"])))
             assert ran.code == 0, (command, ran.err)
     return folder
 
 
 def test_every_command_runs(folder: Path) -> None:
-    assert {path.name for path in (folder / "runs").iterdir()} == {"fit", "long", "two", "early", "adapted", "dry"}
+    by_steps = {"long", "two", "early", "adapted"}
+    assert {path.name for path in (folder / "runs").iterdir()} == {"fit", "judged", "withheld", "dry", *by_steps}
 
 
 def test_every_scalar_and_picture_is_documented(folder: Path) -> None:
     """And every documented one is there, but those of a GPU."""
-    documented = {name for row in rows("scalar") for name in re.findall(r"`([\w/]+)`", row[0])}
-    tags = tensorboard(folder / "runs" / "two").Tags()
-    assert set(tags["scalars"]) == documented - {"gpu/memory_gib"}
-    assert all(f"`{name}`" in TEXT for name in tags["images"])
+    documented = {name for row in rows("scalar") for name in re.findall(r"`([\w/.]+)`", row[0])}
+    logged = set[str]()
+    for run in ("two", "judged"):
+        tags = tensorboard(folder / "runs" / run).Tags()
+        logged |= set(tags["scalars"])
+        assert all(f"`{name}`" in TEXT for name in tags["images"])
+    assert logged - {"misfit/0.48um", "misfit/0.64um"} == documented - {"gpu/memory_gib"}
 
 
 def test_links_lead_somewhere() -> None:

@@ -1,0 +1,111 @@
+"""From a handful of kernels of one copy of a lens to the field of that copy: `psftrain adapt`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from psfgen.errors import ConfigError, RunMismatch
+from psfgen.store import open_store
+from psfgen.store.schema import plain
+from psftrain import checkpoint
+from psftrain import run as runs
+from psftrain.conditioning import conditioning_document
+from psftrain.data import COPY, Examples, fingerprint, open_stores, read_examples, require_same
+from psftrain.models.field import FieldCVAE
+from psftrain.run import Trained
+
+SIDE = 9  # field points a side at which the expected error of the whole field is taken
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """The run that holds the copy, from how many `kernels`; mean relative L2 errors at these, of the mean copy and of
+    this one, and what is expected over the whole field, before and after.
+    """
+
+    run: Path
+    kernels: int
+    error_before: float
+    error: float
+    expected_before: float
+    expected: float
+
+
+def adapt(trained: Trained, store: str, copy: int | None, out: Path) -> Adapted:
+    """Infer the latents of the copy whose kernels a store holds, and write the model of that copy as a run.
+
+    Raises RunMismatch where the run knows no copies, the store is of another lens or sampling, or `out` exists;
+    ConfigError where the store holds several copies and none is named.
+    """
+    model = trained.model
+    if not isinstance(model, FieldCVAE) or not model.latent:
+        raise RunMismatch(
+            f"run {trained.path} knows one lens, of which there is nothing to infer; train model field_cvae on a store "
+            "with copies (psfgen render --copies 24 --tolerances FILE)"
+        )
+    if out.exists() and any(out.iterdir()):
+        raise RunMismatch(f"--out {out} is not empty; choose another --out")
+    measured, field = _measured(trained, store, copy), _field(trained)
+    with torch.no_grad():
+        error_before, expected_before = _error(model, measured), _expected(model, field)
+        model.adapt([open_store(store)], measured.places)
+        found = Adapted(
+            out, len(measured), error_before, _error(model, measured), expected_before, _expected(model, field)
+        )
+    _write(trained, found, store)
+    return found
+
+
+def _measured(trained: Trained, path: str, copy: int | None) -> Examples:
+    """The kernels of one copy in a store."""
+    array = trained.config.data.array
+    stores, what = open_stores([path], array), f"store {path}"
+    require_same(trained.fingerprint, fingerprint(stores, array), what)
+    coords = stores[0].coords
+    trained.conditioning.require(coords["depth_dioptre"], coords["focus_dioptre"], what)
+    count = len(coords.get("copy", [0]))
+    if copy is None and count > 1:
+        raise ConfigError(f"{what} holds {count} copies; say which with --copy 0 to {count - 1}")
+    if copy is not None and not 0 <= copy < count:
+        raise ConfigError(f"--copy {copy}: {what} holds {count}, counted from 0")
+    examples = read_examples(stores, trained.conditioning, array)
+    chosen = examples.index[:, COPY] == (copy or 0)
+    return examples.of(examples.places.select(chosen))
+
+
+def _field(trained: Trained) -> torch.Tensor:
+    """Conditions over the whole field, in the middle of the depths and focus distances."""
+    at = torch.linspace(-1, 1, SIDE)
+    return torch.nn.functional.pad(torch.cartesian_prod(at, at), (0, 2))
+
+
+def _error(model: FieldCVAE, measured: Examples) -> float:
+    found = model.decode(model.prior(measured.condition).mean, measured.condition)
+    errors = (found - measured.kernels).flatten(1).norm(dim=1) / measured.kernels.flatten(1).norm(dim=1)
+    return float(errors.mean())
+
+
+def _expected(model: FieldCVAE, condition: torch.Tensor) -> float:
+    expected = model.expected_error(condition)
+    assert expected is not None
+    return float(expected.mean())
+
+
+def _write(trained: Trained, found: Adapted, store: str) -> None:
+    config = trained.config.model_copy(update={"run": str(found.run)})
+    identity: dict[str, Any] = {
+        "fingerprint": trained.fingerprint,
+        "conditioning": conditioning_document(trained.conditioning),
+        "plan_sha256": [str(open_store(store).attrs["plan_sha256"])],
+    }
+    about = {"adapted_from": str(trained.path), "adapted_to": store, "kernels": found.kernels}
+    with runs.claimed(found.run):
+        runs.prepare(found.run, config, identity, about)
+        state = {"model": trained.model.state_dict(), "ema": None, "step": trained.step, "ended": True}
+        document = {**state, **identity, **about, "config": plain(config.model_dump())}
+        checkpoint.save(found.run / "checkpoints" / "best.pt", document)
+        runs.finish(found.run, trained.step)
