@@ -37,7 +37,7 @@ from psftrain.order import Order
 from psftrain.sources import open_source
 
 SEED = ["model.name=seed_cvae"]
-DEFAULT = ["model.name=field_cvae", "lr=1e-4"]  # slow enough that rounding is not amplified within 100 steps
+NEURAL = ["model.name=neural_cvae", "lr=1e-4"]  # slow enough that rounding is not amplified within 100 steps
 NEAR = ["loss.smooth_over=batch"]
 NEVER = 10**9
 
@@ -57,7 +57,7 @@ def main() -> None:
         job = {"grid": 20, "depth": "10m", "focus": "10m", "tolerance": 0.1, "workers": 1, "out": str(path)}
         render(RenderConfig.model_validate(job))
         print(f"400 kernels of 15 x 15 x 3, {given.threads} threads, device {given.device}; steps/s, medians\n")
-        for title, model in (("seed network", SEED), ("default network", DEFAULT)):
+        for title, model in (("seed_cvae", SEED), ("neural_cvae", NEURAL)):
             Comparison(Path(folder), path, title, model, given).print()
 
 
