@@ -1,9 +1,11 @@
 """The scoreboard: does a model beat interpolation? Writes docs/results.md; every number in it comes out of here.
 
-    python benchmarks/interpolate.py [--cells NAME,...] [--grids 5,10,20] [--seeds 0,1,2] [--models NAME,...]
-                                     [--set KEY=VALUE]... [--work DIR] [--out FILE] [--threads N] [--quick]
+    python benchmarks/interpolate.py [--parts NAME,...] [--cells NAME,...] [--grids 5,10,20] [--seeds 0,1,2]
+                                     [--models NAME,...] [--set KEY=VALUE]... [--work DIR] [--out FILE]
+                                     [--threads N] [--quick]
 
-A cell is a lens of configs/render/cells at one training grid. For each seed a training store and 1024 other points of
+A part is a section of the page: `lenses` is measured here, any other by `measure` of the module of its name, which
+writes NAME.json into the work folder. Of `lenses`, a cell is a lens of configs/render/cells at one training grid. For each seed a training store and 1024 other points of
 the same specimen are rendered, the models trained (the first is the one compared) and scored. A seed draws the
 specimen of a lens as built, the held-out points and the pupil. Everything is kept in the work folder: the same command
 goes on where it was stopped, and `python benchmarks/results.py` writes the page again from what is there.
@@ -12,6 +14,7 @@ goes on where it was stopped, and `python benchmarks/results.py` writes the page
 from __future__ import annotations
 
 import argparse
+import importlib
 import statistics
 import sys
 import time
@@ -27,6 +30,7 @@ from psfgen.errors import Preempted, PsfError
 from psftrain.config import FitConfig
 
 MOST_S = 360.0  # that a fit (at most 5 minutes) and its evaluation may take: expected before the first has ended
+PARTS = ("lenses", "distances", "bake")
 QUICK: dict[str, Any] = {"grids": [5], "seeds": [0]}
 QUICK_SETTING: dict[str, Any] = {"held_side": 12, "mlp_steps": 300}
 
@@ -40,8 +44,11 @@ def main() -> None:
         setting = Setting(setting.work, setting.threads, tuple(given.sets), **QUICK_SETTING)
     torch.set_num_threads(given.threads)
     began = time.monotonic()
+    failures: list[str] = []
     try:
-        failures = single_lenses(given, setting)
+        for part in given.parts:
+            print(f"\n--- {part} ---\n", flush=True)
+            failures += single_lenses(given, setting) if part == "lenses" else measured(part, setting, given.quick)
     except Preempted as stopped:
         sys.exit(f"{stopped}; what was done before is kept in {setting.work}, the same command goes on")
     print(f"\nall of it took {(time.monotonic() - began) / 60:.1f} min\n")
@@ -58,6 +65,7 @@ def arguments() -> argparse.Namespace:
     """The options, lists as lists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [path.stem for path in sorted(CELLS.glob("*.yaml"))]
+    parser.add_argument("--parts", type=_words, default=list(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--cells", type=_words, default=names, help=f"of {', '.join(names)}")
     parser.add_argument("--grids", type=_numbers, default=[5, 10, 20], help="field points a side that are trained on")
     parser.add_argument("--seeds", type=_numbers, default=[0, 1, 2])
@@ -68,9 +76,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="for training; kernels are timed on one")
     parser.add_argument("--quick", action="store_true", help="one grid, one seed, few points; prints, writes no page")
     given = parser.parse_args()
-    unknown = sorted(set(given.cells) - set(names))
-    if unknown:
-        parser.error(f"unknown cell {', '.join(unknown)}; known: {', '.join(names)}")
+    for what, asked, known in (("part", given.parts, PARTS), ("cell", given.cells, names)):
+        unknown = sorted(set(asked) - set(known))
+        if unknown:
+            parser.error(f"unknown {what} {', '.join(unknown)}; known: {', '.join(known)}")
     return given
 
 
@@ -80,6 +89,18 @@ def _words(text: str) -> list[str]:
 
 def _numbers(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
+
+
+def measured(part: str, setting: Setting, quick: bool) -> list[str]:
+    """Measure a part that a module of its own measures; returns what failed."""
+    try:
+        importlib.import_module(part).measure(setting, quick)
+    except Preempted:
+        raise
+    except PsfError as error:
+        print(f"{part}: {error}", flush=True)
+        return [f"{part}: {error}"]
+    return []
 
 
 def single_lenses(given: argparse.Namespace, setting: Setting) -> list[str]:
