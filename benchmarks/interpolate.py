@@ -5,10 +5,11 @@
                                      [--threads N] [--quick]
 
 A part is a section of the page: `lenses` is measured here, any other by `measure` of the module of its name, which
-writes NAME.json into the work folder. Of `lenses`, a cell is a lens of configs/render/cells at one training grid. For each seed a training store and 1024 other points of
-the same specimen are rendered, the models trained (the first is the one compared) and scored. A seed draws the
-specimen of a lens as built, the held-out points and the pupil. Everything is kept in the work folder: the same command
-goes on where it was stopped, and `python benchmarks/results.py` writes the page again from what is there.
+writes NAME.json into the work folder. Of `lenses`, a cell is a lens of configs/render/cells at one training grid. For
+each seed a training store and 1024 other points of the same specimen are rendered, the models trained (the first is
+the one compared) and scored. A seed draws the specimen of a lens as built, the held-out points and the pupil.
+Everything is kept in the work folder: the same command goes on where it was stopped, and `python
+benchmarks/results.py` writes the page again from what is there.
 """
 
 from __future__ import annotations
