@@ -68,9 +68,9 @@ class RayDecoder(nn.Module):
 
     def _summed(self, modes: Tensor) -> Tensor:
         x, y = torch.einsum("dpq,bwq->dbwp", self.displacements, modes)
-        side = self.share.shape[0]
-        across, in_x = self._shares((side - 1) / 2 + side / 2 * x)
-        down, in_y = self._shares((side - 1) / 2 - side / 2 * y)
+        samples = self.share.shape[0]  # with a margin of one on either side
+        across, in_x = self._shares((samples - 1) / 2 + (samples - 2) / 2 * x)
+        down, in_y = self._shares((samples - 1) / 2 - (samples - 2) / 2 * y)
         image: Tensor = (down * (in_x & in_y)[..., None]).transpose(-1, -2) @ across
         return image
 

@@ -23,13 +23,17 @@ DARK = 1e-9
 
 @dataclass(frozen=True)
 class Cells:
-    """How samples share their light among cells: `share` [k, n], and the first cell of each sample [k]."""
+    """How samples share their light among cells: `share` [k + 2, n], and the first cell of each sample [k + 2].
+
+    A sample of margin on either side, which shares nothing out, takes what rays at the edge leave beyond it.
+    """
 
     share: Array
     first: NDArray[np.int64]
 
     @staticmethod
     def of(share: Array) -> Cells:
+        share = np.pad(share, ((1, 1), (0, 0)))
         return Cells(share, (share > 0).argmax(axis=1).astype(np.int64))
 
     @property
@@ -38,7 +42,8 @@ class Cells:
 
     def image(self, kernels: NDArray[Any]) -> Array:
         """Kernels [..., k, k] on the cells, with a sum of 1 [..., n, n]."""
-        found: Array = self.share.T @ kernels.astype(float) @ self.share
+        share = self.share[1:-1]
+        found: Array = share.T @ kernels.astype(float) @ share
         return found / np.maximum(found.sum(axis=(-2, -1), keepdims=True), DARK)
 
 
@@ -63,11 +68,11 @@ def bins(kernel_px: int, count: int) -> Cells:
 @jit
 def _splat(ex, ey, share, first, image):  # type: ignore[no-untyped-def]
     """Count rays at (ex, ey), in half windows from the centre and upright, on cells; each is 1 / P."""
-    k, n = share.shape
+    k, n = len(share) - 2, share.shape[1]
     image[:] = 0
     for p in range(len(ex)):
-        x, y = 0.5 * (k - 1) + 0.5 * k * ex[p], 0.5 * (k - 1) - 0.5 * k * ey[p]
-        if not (x >= 0 and x < k - 1 and y >= 0 and y < k - 1):
+        x, y = 0.5 * (k + 1) + 0.5 * k * ex[p], 0.5 * (k + 1) - 0.5 * k * ey[p]
+        if not (x >= 0 and x < k + 1 and y >= 0 and y < k + 1):
             continue
         i, j = int(x), int(y)
         fx, fy = x - i, y - j
@@ -80,13 +85,13 @@ def _splat(ex, ey, share, first, image):  # type: ignore[no-untyped-def]
 @jit
 def _slopes(ex, ey, along, across, share, first, image, slopes):  # type: ignore[no-untyped-def]
     """As `_splat`, with the derivatives [n n, Q] of the image by the modes."""
-    k, n = share.shape
+    k, n = len(share) - 2, share.shape[1]
     image[:] = 0
     slopes[:] = 0
     gain = 0.5 * k
     for p in range(len(ex)):
-        x, y = 0.5 * (k - 1) + gain * ex[p], 0.5 * (k - 1) - gain * ey[p]
-        if not (x >= 0 and x < k - 1 and y >= 0 and y < k - 1):
+        x, y = 0.5 * (k + 1) + gain * ex[p], 0.5 * (k + 1) - gain * ey[p]
+        if not (x >= 0 and x < k + 1 and y >= 0 and y < k + 1):
             continue
         i, j = int(x), int(y)
         fx, fy = x - i, y - j

@@ -64,9 +64,13 @@ def fit_raymap(
     middle, home = len(seen) // 2, distances.home(sites, kernels)
     pool = search(seen[middle][home], seed, threads)
     depth, focus = distances.distances_of(sites)
-    charge = FINEST.charge if _misaligned(pool[0], seen[middle][home], threads) else -1
-    reach = replace(FINEST, charge=charge, depth=depth, focus=focus)
-    start = distances.spread_out(seen[middle], pool, reach, threads) if distances.several(reach) else pool[0]
+    reach, start = replace(FINEST, depth=depth, focus=focus), pool[0]
+    if not _misaligned(start, seen[middle][home], STARTS[-1], threads):
+        reach = replace(reach, charge=-1)
+    if distances.several(reach):
+        start = distances.spread_out(seen[middle], pool, reach, threads)
+        if not _misaligned(start, seen[middle], distances.SHARPER, threads):  # of many kernels that is surer
+            reach = replace(reach, charge=-1)
     done(0.2)
     found = {middle: _polished(seen[middle], start, reach, threads)}
     done(0.4)
@@ -112,10 +116,10 @@ def _polished(seen: Seen, start: Fit, reach: Reach, threads: Executor) -> Fit:
     return fit
 
 
-def _misaligned(fit: Fit, seen: Seen, threads: Executor) -> bool:
-    """Whether the design alone fits worse."""
-    stage = STARTS[-1]
-    alone = refined(seen, [fit], replace(stage, reach=replace(stage.reach, charge=-1), steps=5), threads)[0]
+def _misaligned(fit: Fit, seen: Seen, stage: Stage, threads: Executor) -> bool:
+    """Whether the design alone fits worse than a map that a stage has found."""
+    stage = replace(stage, reach=replace(fit.terms.reach, charge=-1), steps=5)
+    alone = refined(seen, [fit], stage, threads)[0]
     return alone.error > SYMMETRIC * fit.error
 
 
