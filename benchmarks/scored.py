@@ -77,7 +77,14 @@ def score(task: Task, setting: Setting) -> tuple[Scored, bool]:
     """Render, train and judge, unless the same has been done before; and whether it was done now."""
     first = time.perf_counter()
     train, held = stores(task, setting)
-    config = fit_config(task, setting, train)
+    return judged(setting.folder(task), fit_config(task, setting, train), (train, held), setting, first)
+
+
+def judged(
+    folder: Path, config: FitConfig, stores: tuple[Store, Store], setting: Setting, first: float
+) -> tuple[Scored, bool]:
+    """Train on one store and judge by another, unless `folder` has it; and whether it was done now, since `first`."""
+    train, held = stores
     identity = plain(
         {
             "train": train.attrs["plan_sha256"],
@@ -86,7 +93,6 @@ def score(task: Task, setting: Setting) -> tuple[Scored, bool]:
             "fit": {key: value for key, value in config.model_dump().items() if key not in ("store", "run")},
         }
     )
-    folder = setting.folder(task)
     found = read(folder, identity)
     if found is not None:
         return found, False
@@ -96,38 +102,48 @@ def score(task: Task, setting: Setting) -> tuple[Scored, bool]:
     fit_s = time.perf_counter() - began
     torch.set_num_threads(1)  # every row is timed on one core
     try:
-        judged = evaluate(load_run(Path(config.run)), str(held.path), mlp_steps=setting.mlp_steps)
+        found_now = evaluate(load_run(Path(config.run)), str(held.path), mlp_steps=setting.mlp_steps)
     finally:
         torch.set_num_threads(setting.threads)
-    found = Scored(json.loads(json_text(judged.report)), judged.errors, fit_s, time.perf_counter() - first, source())
+    report = json.loads(json_text(found_now.report))
+    found = Scored(report, found_now.errors, fit_s, time.perf_counter() - first, source())
     _keep(folder, identity, found)
     return found, True
 
 
 def stores(task: Task, setting: Setting) -> tuple[Store, Store]:
     """The training store and the held-out one: of one specimen, with other pupil points."""
-    made = []
-    for layout, grid in (("grid", task.grid), ("random", setting.held_side)):
-        path = setting.work / "stores" / f"{task.cell}-{layout}-{grid}-{task.seed}.zarr"
-        changes = [("grid", grid), ("layout", layout), ("seed", task.seed), ("out", str(path)), ("device", "cpu")]
-        config = load_config(RenderConfig, CELLS / f"{task.cell}.yaml", changes)
-        try:
-            made.append(render(config))
-        except PlanMismatch:  # the config of the cell has changed since
-            made.append(render(config, overwrite=True))
-    train, held = made
+    train, held = (
+        rendered(
+            CELLS / f"{task.cell}.yaml",
+            setting.work / "stores" / f"{task.cell}-{layout}-{grid}-{task.seed}.zarr",
+            [("grid", grid), ("layout", layout), ("seed", task.seed)],
+        )
+        for layout, grid in (("grid", task.grid), ("random", setting.held_side))
+    )
     assert train.attrs.get("as_built") == held.attrs.get("as_built"), "the seed makes the specimen"
     return train, held
 
 
+def rendered(config: Path, out: Path, changes: list[tuple[str, Any]]) -> Store:
+    """What a config renders on the CPU with some keys changed; as it was left by an earlier call, if it was."""
+    job = load_config(RenderConfig, config, [*changes, ("out", str(out)), ("device", "cpu")])
+    try:
+        return render(job)
+    except PlanMismatch:  # the config has changed since
+        return render(job, overwrite=True)
+
+
 def fit_config(task: Task, setting: Setting, train: Store) -> FitConfig:
     """What `psftrain fit` does by default, on the CPU, with the keys that are set; a batch fits into the grid."""
-    places: list[tuple[str, Any]] = [
-        ("store", [str(train.path)]),
-        ("run", str(setting.folder(task) / "run")),
-        ("model.name", task.model),
-    ]
-    batch = min(load_fit_config(None, places).batch, task.grid**2)
+    return default_fit(setting, train, setting.folder(task) / "run", task.model)
+
+
+def default_fit(setting: Setting, train: Store, run: Path, model: str) -> FitConfig:
+    """The same of any store and run."""
+    places: list[tuple[str, Any]] = [("store", [str(train.path)]), ("run", str(run)), ("model.name", model)]
+    points = len(train.coords["field_y"]) * len(train.coords["field_x"])
+    batch = min(load_fit_config(None, places).batch, points)
     return load_fit_config(None, [("device", "cpu"), ("batch", batch), *setting.sets, *places])
 
 
