@@ -144,16 +144,43 @@ def test_defocus_scales_the_pupil() -> None:
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def test_rays_are_counted_as_the_renderer_counts_them() -> None:
-    """The same hits through psfgen's splat, with its normalisation and binning."""
-    terms, coefficients = some_map(SMALL)
-    sites, pupil = some_sites(4), Pupil(2000)
+def hits_of(terms: Terms, coefficients: Array, sites: Sites, pupil: Pupil) -> Array:
+    """Where rays land [2, M, P], in samples."""
     modes = terms.at(sites) @ terms.matrix(coefficients).T
-    x, y = np.einsum("dpq,mq->dmp", pupil.displacements(terms.modes), modes) * PX / 2
+    return np.asarray(np.einsum("dpq,mq->dmp", pupil.displacements(terms.modes), modes) * PX / 2)
+
+
+@pytest.mark.parametrize("width", [1, 4], ids=["inside", "over the edge"])
+def test_rays_are_counted_as_the_renderer_counts_them(width: float) -> None:
+    """The same hits through psfgen's splat, with its normalisation and binning; at the edge too, half inside."""
+    terms, coefficients = some_map(SMALL)
+    coefficients = width * coefficients
+    sites, pupil = some_sites(4), Pupil(2000)
+    x, y = hits_of(terms, coefficients, sites, pupil)
     halves = deposit(torch.tensor(np.stack([x, y], -1)), torch.ones(x.shape, dtype=torch.bool), PX, 1.0)
     binned = normalise(halves.numpy().astype(np.float32), 5).psf_binned
     found = drawn(terms, coefficients, sites, bins(PX, 5), pupil)
-    assert np.allclose(found / found.sum(axis=(1, 2), keepdims=True), binned, atol=1e-4)
+    caught = found.sum(axis=(1, 2))
+    assert np.allclose(found / caught[:, None, None], binned, atol=1e-4)
+    assert np.allclose(caught, halves.numpy().sum(axis=(1, 2, 3)) / 2000, atol=1e-6)
+    at_the_edge = (np.abs(x) > PX / 2 - 0.5) & (np.abs(x) < PX / 2 + 0.5)
+    assert at_the_edge.any() == (width > 1)
+    assert caught.min() < 0.9 or width == 1
+
+
+def test_the_gradient_is_that_of_the_loss_at_the_edge_too(threads: Executor) -> None:
+    """Of one ray at a time, that lies within a sample of the edge."""
+    terms, pupil = Terms(Reach(pupil=1, field=1)), Pupil(1)
+    sites = Sites(np.array([[0.3, 0.2]]), np.zeros(1), np.zeros(1))
+    seen = Seen(sites, np.full((1, PX, PX), 1 / PX**2, np.float32), np.array([0.5]))
+    problem = Problem(terms, seen, hats(PX, 8), pupil, threads)
+    farthest = np.abs(hits_of(terms, np.ones(len(terms)), sites, pupil)).max()
+    for at_px in (PX / 2 - 0.3, PX / 2 + 0.3):
+        one, step = np.full((2, len(terms)), [[at_px / farthest], [1e-5]])
+        _, gradient, _ = problem.normal(one)
+        difference = (problem.loss(one + step) - problem.loss(one - step)) / 2
+        assert difference != 0
+        assert 2 * gradient @ step == pytest.approx(difference, rel=1e-3)
 
 
 @pytest.mark.parametrize("cells", [hats(PX, 8), hats(PX, 16), bins(PX, 5), bins(PX, PX)], ids=["8", "16", "bins", "px"])
@@ -242,6 +269,47 @@ def test_a_search_foretells_kernels_it_has_not_seen(short: None, threads: Execut
         assert error.mean() < 0.2 * apart.mean()
     again = fit_raymap(sites, kernels, captured, np.array([0.5, 0.6]), seed=0, threads=threads)
     assert np.array_equal(found.coefficients, again.coefficients)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one distance", "several"])
+def test_it_tells_how_far_it_is(short: None, threads: Executor, monkeypatch: pytest.MonkeyPatch, several: bool) -> None:
+    """From 0 to 1, often, and never back."""
+    small = replace(distances.MOVED, reach=SHORT[-1].reach, kernels=8, rays=64, steps=4)
+    for name in ("MOVED", "FREED", "SHARPER", "LAST"):
+        monkeypatch.setattr(distances, name, replace(small, keep=1))
+    terms, true = some_map(Reach(pupil=3, field=3, focus=True), seed=1, charged=False)
+    one = some_sites(16)
+    sites = Sites(np.tile(one.field, (2, 1)), np.zeros(32), np.repeat([0.0, 0.2 if several else 0.0], 16))
+    kernels, captured = (np.stack([part] * 3, 1) for part in kernels_of(terms, true, sites))
+    told: list[float] = []
+    found = fit_raymap(sites, kernels, captured, np.array([0.4, 0.5, 0.6]), seed=0, threads=threads, done=told.append)
+    assert found.terms.reach.focus == several
+    assert told == sorted(told)
+    assert (told[0], told[-1]) == (0, pytest.approx(1))
+    assert np.diff(told).max() <= 0.2
+    assert len(told) > 30
+
+
+@pytest.mark.parametrize(("of_one", "of_all", "charge"), [(True, False, -1), (True, True, 2), (False, True, -1)])
+def test_whether_a_lens_is_misaligned_is_asked_of_all_distances(
+    short: None, threads: Executor, monkeypatch: pytest.MonkeyPatch, of_one: bool, of_all: bool, charge: int
+) -> None:
+    """Of one distance, where it is hard to tell, the answer may be wrong."""
+    small = replace(distances.MOVED, reach=SHORT[-1].reach, kernels=8, rays=64, steps=4)
+    for name in ("MOVED", "FREED", "SHARPER", "LAST"):
+        monkeypatch.setattr(distances, name, replace(small, keep=1))
+    one, asked = some_sites(16), list[int]()
+    sites = Sites(np.tile(one.field, (2, 1)), np.zeros(32), np.repeat([0.0, 0.3], 16))
+    kernels, captured = (part[:, None] for part in kernels_of(*some_map(Reach(pupil=3, field=3, focus=True)), sites))
+
+    def answer(fit: Fit, seen: Seen, stage: Stage, threads: Executor) -> bool:
+        asked.append(len(seen))
+        return of_one if len(asked) == 1 else of_all
+
+    monkeypatch.setattr(searching, "_misaligned", answer)
+    found = fit_raymap(sites, kernels, captured, np.array([0.5]), seed=0, threads=threads)
+    assert asked == [16, 32]
+    assert found.terms.reach.charge == charge
 
 
 def test_more_threads_give_the_same_bits(threads: Executor) -> None:

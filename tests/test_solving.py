@@ -28,7 +28,7 @@ from training import (
     task,
 )
 
-from psfgen.errors import ConfigError, FitError, RunMismatch
+from psfgen.errors import ConfigError, FitError, Preempted, RunMismatch
 from psfgen.store import open_store
 from psftrain import board, checkpoint, load, metrics
 from psftrain.config import DataConfig
@@ -348,6 +348,24 @@ def test_a_signal_stops_it_and_the_same_command_begins_anew(
     assert "model           field_cvae, not solved yet\n" in shown
     assert psftrain("fit", tmp_path / "run" / "config.yaml").code == 0
     same_run(tmp_path / "run", run)
+
+
+@pytest.mark.parametrize("distances", [1, 2])
+def test_a_signal_ends_a_solve_before_its_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, distances: int
+) -> None:
+    """Of which the longest takes a second or two."""
+    focus = (500.0, 700.0)[:distances]
+    path, took = small(tmp_path / "s.zarr", depth=(500.0, 2000.0)[:distances], focus=focus), list[int]()
+
+    def struck(*_: Any) -> bool:
+        took.append(1)
+        return len(took) == 7
+
+    strike_at(monkeypatch, "psftrain.raymap.solve.Problem.normal", struck, TERM)
+    with pytest.raises(Preempted, match="SIGTERM while the model was being solved"):
+        fit(task(path, tmp_path / "run"))
+    assert len(took) == 7
 
 
 def test_all_processes_stop_together(store: Path, run: Path, tmp_path: Path) -> None:

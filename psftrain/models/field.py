@@ -130,7 +130,7 @@ class FieldCVAE(SolvedCVAE):
             none = np.zeros((0, *found.coefficients.shape))
             alone = Family(found.terms, wavelength_um, found.coefficients, none, found.misfit)
             self._hold_family(alone, gathered.kernel_px)
-            left_out = self._correct(examples, gathered, find)
+            left_out = self._correct(examples, gathered, partial(find, done=lambda share: done(SHARE_OF_MAP)))
         done(1.0)
         misfit = {f"misfit/{w:g}um": float(error) for w, error in zip(wavelength_um, found.misfit, strict=True)}
         return misfit | ({} if left_out is None else {"left_out/rel_l2": left_out})

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from psftrain.raymap.solve import Fit, Seen
+from psftrain.raymap.solve import Done, Fit, Seen, parts_of
 from psftrain.raymap.stages import Stage, problem_of, refined
 from psftrain.raymap.terms import Reach, Sites, Term, Terms
 
@@ -50,14 +50,18 @@ def home(sites: Sites, kernels: NDArray[np.float32]) -> NDArray[np.bool_]:
     return np.asarray(of.ravel() == mean.argmax()) if len(slices) > 1 else np.ones(len(sites), bool)
 
 
-def spread_out(seen: Seen, pool: list[Fit], reach: Reach, threads: Executor) -> Fit:
-    """The best of some maps of one depth and focus, fitted to all with the terms of a reach."""
+def spread_out(seen: Seen, pool: list[Fit], reach: Reach, threads: Executor, done: Done) -> Fit:
+    """The best of some maps of one depth and focus, fitted to all with the terms of a reach.
+
+    `done` is told what share of the work is done.
+    """
     pool = [*pool[: MOVED.keep - 1], _perfect(pool[0].terms)]
     if reach.focus:
         pool = [fit for one in pool for fit in _moving(one, seen, threads)]
-    for stage in (MOVED, FREED, SHARPER):
+    stages = (MOVED, FREED, SHARPER)
+    for stage, its_share in zip(stages, parts_of(done, len(stages)), strict=True):
         own = replace(stage.reach, charge=min(stage.reach.charge, reach.charge), depth=reach.depth, focus=reach.focus)
-        pool = refined(seen, pool[: 2 * stage.keep], replace(stage, reach=own), threads)
+        pool = refined(seen, pool[: 2 * stage.keep], replace(stage, reach=own), threads, its_share)
     return pool[0]
 
 

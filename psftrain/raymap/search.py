@@ -10,7 +10,6 @@ Legend: M places, T terms, W wavelengths, k samples a side.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psftrain.raymap import distances
-from psftrain.raymap.solve import Fit, Seen
+from psftrain.raymap.solve import Done, Fit, Seen, part_of, parts_of, unheard
 from psftrain.raymap.stages import Stage, refined
 from psftrain.raymap.terms import Reach, Sites, Terms
 
@@ -54,65 +53,71 @@ def fit_raymap(
     *,
     seed: int,
     threads: Executor,
-    done: Callable[[float], None] = lambda share: None,
+    done: Done = unheard,
 ) -> RayMap:
     """The ray map of kernels [M, W, k, k], which caught `captured` [M, W] of their light, at places `sites` [M].
 
-    `done` is told what share of the work is done.
+    `done` is told what share of the work is done, again and again.
     """
     seen = [Seen(sites, kernels[:, i], captured[:, i]) for i in range(len(wavelength_um))]
     middle, home = len(seen) // 2, distances.home(sites, kernels)
-    pool = search(seen[middle][home], seed, threads)
     depth, focus = distances.distances_of(sites)
+    several = distances.several(replace(FINEST, depth=depth, focus=focus))
+    pool = search(seen[middle][home], seed, threads, part_of(done, 0, 0.1 if several else 0.2))
     reach, start = replace(FINEST, depth=depth, focus=focus), pool[0]
     if not _misaligned(start, seen[middle][home], STARTS[-1], threads):
         reach = replace(reach, charge=-1)
-    if distances.several(reach):
-        start = distances.spread_out(seen[middle], pool, reach, threads)
+    if several:
+        start = distances.spread_out(seen[middle], pool, reach, threads, part_of(done, 0.1, 0.2))
         if not _misaligned(start, seen[middle], distances.SHARPER, threads):  # of many kernels that is surer
             reach = replace(reach, charge=-1)
-    done(0.2)
-    found = {middle: _polished(seen[middle], start, reach, threads)}
-    done(0.4)
-    for step, i in enumerate(sorted(set(range(len(seen))) - {middle}, key=lambda i: abs(i - middle)), start=1):
+    found = {middle: _polished(seen[middle], start, reach, threads, part_of(done, 0.2, 0.4))}
+    others = sorted(set(range(len(seen))) - {middle}, key=lambda i: abs(i - middle))
+    for i, its_share in zip(others, parts_of(part_of(done, 0.4, 1.0), len(others)), strict=True):
         beside = found[i + 1 if i < middle else i - 1]
-        found[i] = _other_wavelength(seen[i], home, beside, seed, threads)
-        done(0.4 + 0.6 * step / (len(seen) - 1))
+        found[i] = _other_wavelength(seen[i], home, beside, seed, threads, its_share)
+    done(1.0)
     maps = [found[i] for i in range(len(seen))]
     return RayMap(
         maps[0].terms, wavelength_um, np.stack([fit.coefficients for fit in maps]), np.array([f.error for f in maps])
     )
 
 
-def _other_wavelength(seen: Seen, home: NDArray[np.bool_], beside: Fit, seed: int, threads: Executor) -> Fit:
+def _other_wavelength(
+    seen: Seen, home: NDArray[np.bool_], beside: Fit, seed: int, threads: Executor, done: Done
+) -> Fit:
     """The map of a wavelength beside one that is known: near that, unless another fits much better."""
     reach = beside.terms.reach
-    near = refined(seen, [beside], replace(distances.MOVED, reach=reach), threads)[0]
-    near = _polished(seen, near, reach, threads)
-    if distances.several(reach):
+    several = distances.several(reach)
+    moved, polished = (0.3, 1.0) if several else (0.1, 0.3)
+    near = refined(seen, [beside], replace(distances.MOVED, reach=reach), threads, part_of(done, 0, moved))[0]
+    near = _polished(seen, near, reach, threads, part_of(done, moved, polished))
+    if several:
         return near
-    alone = search(seen[home], seed, threads)[0]
+    alone = search(seen[home], seed, threads, part_of(done, polished, 0.8))[0]
     if near.error < CONTINUOUS * alone.error:
         return near
-    return min(
-        near, _polished(seen, alone, reach, threads), key=lambda fit: fit.error * (1 if fit is near else CONTINUOUS)
-    )
+    alone = _polished(seen, alone, reach, threads, part_of(done, 0.8, 1.0))
+    return min(near, alone, key=lambda fit: fit.error * (1 if fit is near else CONTINUOUS))
 
 
-def search(seen: Seen, seed: int, threads: Executor) -> list[Fit]:
-    """The best ray maps for kernels of one wavelength, depth and focus, the best first."""
+def search(seen: Seen, seed: int, threads: Executor, done: Done = unheard) -> list[Fit]:
+    """The best ray maps for kernels of one wavelength, depth and focus, the best first.
+
+    `done` is told what share of the work is done.
+    """
     terms = Terms(STARTS[0].reach)
     rng = np.random.default_rng(seed)
     pool = [Fit(terms, _random(terms, rng), np.inf) for _ in range(STARTS[0].keep)]
-    for stage in STARTS:
-        pool = refined(seen, pool[: stage.keep], stage, threads)
+    for stage, its_share in zip(STARTS, parts_of(done, len(STARTS)), strict=True):
+        pool = refined(seen, pool[: stage.keep], stage, threads, its_share)
     return pool
 
 
-def _polished(seen: Seen, start: Fit, reach: Reach, threads: Executor) -> Fit:
-    fit = start
-    for stage in (distances.LAST,) if distances.several(reach) else LAST:
-        fit = refined(seen, [fit], replace(stage, reach=reach), threads)[0]
+def _polished(seen: Seen, start: Fit, reach: Reach, threads: Executor, done: Done) -> Fit:
+    fit, stages = start, (distances.LAST,) if distances.several(reach) else LAST
+    for stage, its_share in zip(stages, parts_of(done, len(stages)), strict=True):
+        fit = refined(seen, [fit], replace(stage, reach=reach), threads, its_share)[0]
     return fit
 
 

@@ -20,10 +20,26 @@ from psftrain.raymap.terms import Sites, Terms
 
 Array = NDArray[np.float64]
 
+Done = Callable[[float], None]  # is told what share of a piece of work is done; it may raise, to end it
+
 RIDGE = 1e-5  # of a term of order 4, in half windows; it grows as the fourth power of the order
 DAMPING, MOST_DAMPING, LEAST_DAMPING = 1e-2, 1e4, 1e-5
 PARTS = 8  # in which places are worked on at once
 GAIN, SLOW = 3e-3, 2  # so many steps in a row that gain less than this share of the loss end a fit
+
+
+def unheard(share: float) -> None:
+    """Tell nobody."""
+
+
+def part_of(done: Done, start: float, end: float) -> Done:
+    """What tells `done` of a part of its work, between two shares of it."""
+    return lambda share: done(start + (end - start) * share)
+
+
+def parts_of(done: Done, count: int) -> list[Done]:
+    """What tells `done` of each of so many parts of its work, which take as long."""
+    return [part_of(done, number / count, (number + 1) / count) for number in range(count)]
 
 
 @dataclass(frozen=True)
@@ -139,13 +155,25 @@ class Squares(Protocol):
         ...
 
 
-def solve(problem: Problem, start: Array, steps: int, prior: Prior | None = None, gain: float = GAIN) -> Fit:
-    """Fit from `start` [T], in at most `steps`, until a step gains less than the share `gain` of the loss."""
-    coefficients, best = descend(problem, start, steps, prior or ridge(problem.terms), gain)
+def solve(
+    problem: Problem,
+    start: Array,
+    steps: int,
+    prior: Prior | None = None,
+    gain: float = GAIN,
+    done: Done = unheard,
+) -> Fit:
+    """Fit from `start` [T], in at most `steps`, until a step gains less than the share `gain` of the loss.
+
+    `done` is told what share of the steps is taken.
+    """
+    coefficients, best = descend(problem, start, steps, prior or ridge(problem.terms), gain, done)
     return Fit(problem.terms, coefficients, float(np.sqrt(best)))
 
 
-def descend(problem: Squares, start: Array, steps: int, prior: Prior, gain: float = GAIN) -> tuple[Array, float]:
+def descend(
+    problem: Squares, start: Array, steps: int, prior: Prior, gain: float = GAIN, done: Done = unheard
+) -> tuple[Array, float]:
     """The coefficients [T] that `solve` finds, and loss and prior there."""
     firm = prior.matrix
 
@@ -154,7 +182,8 @@ def descend(problem: Squares, start: Array, steps: int, prior: Prior, gain: floa
 
     c, damping, slow = start, DAMPING, 0
     best = problem.loss(c) + charge(c)
-    for _ in range(steps):
+    for taken in range(steps):
+        done(taken / steps)
         _, gradient, hessian = problem.normal(c)
         gradient += firm @ (c - prior.mean)
         hessian += firm

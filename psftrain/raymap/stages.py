@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from psftrain.raymap.images import hats
 from psftrain.raymap.modes import Pupil
-from psftrain.raymap.solve import RIDGE, Fit, Prior, Problem, Seen, ridge, solve
+from psftrain.raymap.solve import RIDGE, Done, Fit, Prior, Problem, Seen, parts_of, ridge, solve, unheard
 from psftrain.raymap.terms import Reach, Sites, Terms
 
 log = logging.getLogger(__name__)
@@ -42,15 +42,18 @@ def problem_of(seen: Seen, stage: Stage, threads: Executor) -> Problem:
     return Problem(Terms(stage.reach), some, cells, Pupil(stage.rays), threads)
 
 
-def refined(seen: Seen, pool: list[Fit], stage: Stage, threads: Executor) -> list[Fit]:
-    """Some maps fitted with the terms and on the cells of a stage, the best first."""
+def refined(seen: Seen, pool: list[Fit], stage: Stage, threads: Executor, done: Done = unheard) -> list[Fit]:
+    """Some maps fitted with the terms and on the cells of a stage, the best first.
+
+    `done` is told what share of the work is done.
+    """
     problem = problem_of(seen, stage, threads)
     terms, found = problem.terms, []
-    for fit in pool:
+    for fit, its_share in zip(pool, parts_of(done, len(pool)), strict=True):
         start, prior = terms.taken_from(fit.terms, fit.coefficients), ridge(terms, stage.ridge)
         if stage.anchor:
             prior = Prior(start, np.where(terms.order > LOW, stage.anchor, prior.precision))
-        found.append(solve(problem, start, stage.steps, prior))
+        found.append(solve(problem, start, stage.steps, prior, done=its_share))
     found.sort(key=lambda fit: fit.error)
     log.debug("%s: %s", stage, ", ".join(f"{fit.error:.4f}" for fit in found[:8]))
     return found
