@@ -26,6 +26,7 @@ from psfgen.store import Store, open_store, schema
 from psfgen.store.open import format_of, is_store, store_class
 from psfgen.store.place import is_url
 from psftrain.data import fingerprint, open_stores, require_same
+from psftrain.density import Asked, nodes_for
 from psftrain.fidelity import Coords, Nodes, baking_error, compared, parts
 from psftrain.light import light_between, sensor_between
 from psftrain.places import Array
@@ -38,14 +39,16 @@ MEANING = {
 }
 
 
-def bake(model: PsfModel, grid: int, depth: str | None, focus: str | None, to: str | Path) -> Store:
+def bake(model: PsfModel, grid: int | None, depth: str | None, focus: str | None, to: str | Path) -> Store:
     """Write a model's kernels on a grid x grid field at every depth and focus as a table; returns its store.
 
-    Distances are those of the first training store unless given. The table appears whole, by a rename; where the same
-    one stands already nothing is done. Raises ConfigError, RunMismatch or PlanMismatch before anything is written,
-    FitError where the model gives no kernels, StoreError where a store cannot be read or `to` not be written.
+    What is None is chosen so that the table adds little to the error of the model, as far as a table of 256 MiB can;
+    distances then are those of the first training store and others between them. The table appears whole, by a
+    rename; where the same one stands already nothing is done. Raises ConfigError, RunMismatch or PlanMismatch before
+    anything is written, FitError where the model gives no kernels, StoreError where a store cannot be read or `to`
+    not be written.
     """
-    if grid < 2:
+    if grid is not None and grid < 2:
         raise ConfigError(f"--grid {grid}: at least 2 points a side")
     if is_url(to) or format_of(to) != "zarr":
         raise ConfigError(f"--out {to}: a table is a Zarr folder on a disk; write a name such as table.zarr")
@@ -64,12 +67,16 @@ def bake(model: PsfModel, grid: int, depth: str | None, focus: str | None, to: s
     return table
 
 
-def _coordinates(model: PsfModel, store: Store, grid: int, depth: str | None, focus: str | None) -> Coords:
+def _coordinates(model: PsfModel, store: Store, grid: int | None, depth: str | None, focus: str | None) -> Coords:
     """The coordinates of a table. Raises ConfigError for what is no distance, RunMismatch for one not trained on."""
-    depth_mm = _distances("depth", depth, store.coords["depth"])
-    focus_mm = _distances("focus", focus, store.coords["focus"])
-    model.domain.places([0.0, 0.0], depth_mm[:, None], focus_mm)
-    axis = np.linspace(-model.field_max, model.field_max, grid)
+    asked = Asked(grid, _distances("depth", depth), _distances("focus", focus))
+    nearest = [
+        np.array([mm[0]]) if given is None else given
+        for mm, given in zip((model.depth_mm, model.focus_mm), (asked.depth_mm, asked.focus_mm), strict=True)
+    ]
+    model.domain.places([0.0, 0.0], nearest[0][:, None], nearest[1])
+    side, depth_mm, focus_mm = nodes_for(model, asked, store.coords["depth"], store.coords["focus"])
+    axis = np.linspace(-model.field_max, model.field_max, side)
     axis = (axis - axis[::-1]) / 2  # exactly symmetric, as psfgen has it
     return schema.coordinates(
         focus_mm=focus_mm,
@@ -83,9 +90,9 @@ def _coordinates(model: PsfModel, store: Store, grid: int, depth: str | None, fo
     )
 
 
-def _distances(name: str, text: str | None, trained_mm: Array) -> Array:
+def _distances(name: str, text: str | None) -> Array | None:
     try:
-        return trained_mm if text is None else np.array(parse_distances_mm(text))
+        return None if text is None else np.array(parse_distances_mm(text))
     except ValueError as error:
         raise ConfigError(f"--{name} {text}: {error}") from None
 

@@ -275,15 +275,15 @@ def export(run: str, formats: tuple[str, ...], out: str | None, verbose: bool, a
 
 @cli.command()
 @click.argument("run")
-@click.option("--grid", type=int, default=49, show_default=True, metavar="N", help="N x N field points.")
-@click.option("--depth", metavar="D", help="Depths of the table. [those of the first training store]")
-@click.option("--focus", metavar="D", help="Focus distances of the table. [those of the first training store]")
+@click.option("--grid", type=int, metavar="N", help="N x N field points. [as many as it takes]")
+@click.option("--depth", metavar="D", help="Depths of the table. [those trained on, and as many between as it takes]")
+@click.option("--focus", metavar="D", help="Focus distances of the table. [likewise]")
 @click.option("--store", metavar="STORE", help="Held-out store to judge table and model on.")
 @click.option("--out", metavar="STORE", help="The table, a store. [RUN/table.zarr]")
 @common
 def bake(
     run: str,
-    grid: int,
+    grid: int | None,
     depth: str | None,
     focus: str | None,
     store: str | None,
@@ -294,7 +294,8 @@ def bake(
     """Write a model's kernels on a grid as a store that psftrain.open_table reads, for speed.
 
     Between the nodes the table is bilinear in the field and linear in dioptres; how far it then is from the model is
-    measured at random places.
+    measured at random places. What is left open is made so dense that the table adds little to the model's own error,
+    in at most 256 MiB.
     """
     from psftrain import load
     from psftrain.bake import bake as write

@@ -38,12 +38,12 @@ class Nodes:
         """Kernels [..., W, y, x] of the nodes of these numbers, which broadcast."""
         focus, depth, row, column = np.broadcast_arrays(focus, depth, row, column)
         field = np.stack([self.coords["field_x"][column], self.coords["field_y"][row]], axis=-1)
-        found = _asked(self.model, field, self.coords["depth"][depth], self.coords["focus"][focus])
+        found = kernels_of(self.model, field, self.coords["depth"][depth], self.coords["focus"][focus])
         found[self.dark[focus, depth, row, column]] = np.nan
         return found
 
 
-def _asked(model: PsfModel, field: Array, depth_mm: Array, focus_mm: Array) -> NDArray[np.float32]:
+def kernels_of(model: PsfModel, field: Array, depth_mm: Array, focus_mm: Array) -> NDArray[np.float32]:
     """A model's kernels. Raises FitError where it gives no numbers."""
     found = model.psf(field, depth_mm, focus_mm)
     if not np.isfinite(found).all():
@@ -79,7 +79,7 @@ def _errors(nodes: Nodes, field: Array, depth_mm: Array, focus_mm: Array, bar: A
     errors = np.empty(len(field))
     stack_bytes = 4 * len(model.wavelength_um) * len(model.x_um) ** 2
     for some in parts(len(field), max(1, AT_ONCE // (16 * stack_bytes))):
-        truth = _asked(model, field[some], depth_mm[some], focus_mm[some])
+        truth = kernels_of(model, field[some], depth_mm[some], focus_mm[some])
         index, weight = lattice.corners(field[some], depth_mm[some], focus_mm[some])
         needed, where = np.unique(index, return_inverse=True)
         known = nodes.kernels(*np.unravel_index(needed, lattice.shape))

@@ -450,7 +450,7 @@ def test_a_large_error_is_told_with_what_would_lessen_it(run: Path, single: Path
     ran = psftrain("bake", single, "--grid", 2, "--out", tmp_path / "2.zarr")
     assert api.open_table(tmp_path / "2.zarr").bake["error"]["mean"] > LARGE, "nothing was tested"
     assert "more than 3%: a finer table (--grid 3) would follow the model more closely" in ran.out
-    told = advice(bake(Curved(load_run(run)), 3, None, None, tmp_path / "curved.zarr"))
+    told = advice(bake(Curved(load_run(run)), 3, "1m,inf", "1.5m,4m", tmp_path / "curved.zarr"))
     assert told is not None
     assert "a finer table (--depth 1000:inf:3 --focus 1500:4000:3) would" in told
     assert "finer" not in psftrain("bake", single, "--out", tmp_path / "fine.zarr").out
