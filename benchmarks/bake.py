@@ -1,123 +1,129 @@
-"""How fast a baked table is beside its model, and what baking costs in error.
+"""How fast a baked table is beside its model, and what baking costs in error. Writes bake.json.
 
-    python benchmarks/bake.py [--rounds 15]
-    python benchmarks/bake.py --run RUN --store HELDOUT [--rounds 15]
+    python benchmarks/interpolate.py --parts bake
+    python benchmarks/bake.py --run RUN --store HELDOUT [--grid N] [--depth D] [--focus D] [--rounds 7]
 
-Without --run two default models of the default lens are made and judged on held-out points: one of a single
-depth and focus distance, one of 8 depths and 4 focus distances, which is also baked at more of them on fewer points.
-Every kernel is asked for at a place of its own, at random in the field and in dioptres. One thread; model and table in
-turns, medians.
+As a part of benchmarks/interpolate.py it takes runs and held-out stores of the other parts, which are made where they
+are missing: lenses at one depth and focus distance, and at 8 of each, judged midway between them. With --run, a run of
+your own. Tables have the nodes that `psftrain bake` chooses. Every kernel is asked for at a place of its own, at random
+in the field and in dioptres. One thread; model and table in turns, medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import distances
 import torch
+from scored import Setting, Task, circumstances, save, score, source, stores
 
 import psftrain
-from psfgen.config import RenderConfig
-from psfgen.render import render
-from psftrain.bake import bake
-from psftrain.config import load_fit_config
+from psftrain.bake import bake, weights_sha256
+from psftrain.config import FitConfig
 from psftrain.fidelity import heldout, judge, random_places
-from psftrain.fit import fit
 from psftrain.places import Domain
+from psftrain.predict import PsfModel
 
 BATCHES = (1, 64, 1024)
 LEAST_S = 0.05  # a measurement goes on for so long
-Baking = tuple[int, str | None, str | None]  # --grid, --depth, --focus
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is trained on, what is held out beside it, and the tables made of it."""
-
-    title: str
-    trained: dict[str, Any]
-    heldout: dict[str, Any]
-    tables: list[Baking]
-
-
-CASES = [
-    Case("one depth, one focus distance", {"depth": "10m", "focus": "10m"}, {}, [(49, None, None)]),
-    Case(
-        "8 depths, 4 focus distances, judged midway between them",
-        {"depth": "0.4m:20m:8", "focus": "0.4m:20m:4"},
-        {"depth": "430.11mm:4444.4mm:7", "focus": "478.1mm:2181.8mm:3"},
-        [(49, None, None), (25, "0.4m:20m:15", "0.4m:20m:7")],
-    ),
-]
+ROUNDS = 7
+GRID, QUICK_GRID = 10, 5  # field points a side that lenses at one distance are trained on
+LENSES = ("condenser", "double_gauss", "phone")
+Baking = tuple[int | None, str | None, str | None]  # --grid, --depth, --focus
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", help="a run of your own")
-    parser.add_argument("--store", help="its held-out store")
-    parser.add_argument("--grid", type=int, default=49, help="field points a side of its table")
-    parser.add_argument("--rounds", type=int, default=15)
+    """Measure a run, and print what comes out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--store", required=True, help="a held-out store")
+    parser.add_argument("--grid", type=int)
+    parser.add_argument("--depth")
+    parser.add_argument("--focus")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     given = parser.parse_args()
-    if (given.run is None) != (given.store is None):
-        parser.error("--run and --store go together")
     torch.set_num_threads(1)
-    head = "".join(f"{f'batch {batch}':>12}" for batch in BATCHES)
-    print(f"{'ms a kernel, one thread':32}{head}{'error':>10}{'p95':>10}")
-    with tempfile.TemporaryDirectory() as folder:
-        if given.run:
-            compare(given.run, given.run, given.store, [(given.grid, None, None)], given.rounds)
-        else:
-            for number, case in enumerate(CASES):
-                run, store = trained(Path(folder) / str(number), case)
-                compare(case.title, run, store, case.tables, given.rounds)
+    found = compared(psftrain.load(given.run), given.store, (given.grid, given.depth, given.focus), given.rounds)
+    print(json.dumps(found, indent=2))
 
 
-def trained(base: Path, case: Case) -> tuple[str, str]:
-    """A run, and its held-out store: the centres of the cells of its grid."""
-    common = {**case.trained, "grid": 10, "tolerance": 0.03, "workers": 1}
-    for name, other in (("psfs", {}), ("heldout", {"layout": "cells", **case.heldout})):
-        render(RenderConfig.model_validate({**common, **other, "out": str(base / f"{name}.zarr")}))
-    sets = {"store": [str(base / "psfs.zarr")], "run": str(base / "run"), "device": "cpu"}
-    fit(load_fit_config(None, list(sets.items())))
-    return str(base / "run"), str(base / "heldout.zarr")
+def measure(setting: Setting, quick: bool) -> None:
+    """Every lens at one distance and at several, unless its table is known already."""
+    names, sides = (LENSES[:1], QUICK_GRID) if quick else (LENSES, GRID)
+    cases = [(name, several) for several in (False, True) for name in names]
+    tables = [_kept(name, several, setting, quick, sides) for name, several in cases]
+    about = circumstances(setting, []) | {"sources": sorted({source for one in tables for source in one["sources"]})}
+    save(setting.work / "bake.json", {**about, "rounds": ROUNDS, "tables": tables})
 
 
-def compare(title: str, run: str, store: str, tables: list[Baking], rounds: int) -> None:
-    """Bake a run, and print the rows of its model and of each of its tables."""
+def _kept(name: str, several: bool, setting: Setting, quick: bool, grid: int) -> dict[str, Any]:
+    """What came out for a table, now or before."""
+    run, store, trained_by = _case(name, several, setting, quick, grid)
     model = psftrain.load(run)
+    path = setting.work / "bake" / f"{name}-{'several' if several else 'one'}.json"
+    identity = {"weights": weights_sha256(model), "heldout": store}
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if found.pop("identity") == identity:
+            print(f"{path.stem}: kept" + ("" if found["sources"] == [source()] else ", by another source than today's"))
+            return found
+    torch.set_num_threads(1)
+    try:
+        found = compared(model, store, (None, None, None), ROUNDS)
+    finally:
+        torch.set_num_threads(setting.threads)
+    found = {"cell": name, "several": several, "sources": sorted({trained_by, source()}), **found}
+    save(path, {"identity": identity, **found})
+    print(
+        f"{path.stem}: {found['nodes']} nodes, {found['ms']['table']['1024']:.4f} ms a kernel, errors times "
+        f"{found['judged']['ratio']['mean']:.3f}",
+        flush=True,
+    )
+    return found
+
+
+def _case(name: str, several: bool, setting: Setting, quick: bool, grid: int) -> tuple[str, str, str]:
+    """A run and its held-out store, as the other parts make them, and the source by which."""
+    if several:
+        found = distances.measured(name, setting, quick)
+        _, held = distances.both(name, setting.work, quick)
+        return str(setting.work / "distances" / name / "run"), str(held.path), found.source
+    task = Task(name, grid, 0, FitConfig().model.name)
+    found, _ = score(task, setting)
+    return str(setting.folder(task) / "run"), str(stores(task, setting)[1].path), found.source
+
+
+def compared(model: PsfModel, store: str, baking: Baking, rounds: int) -> dict[str, Any]:
+    """A table of a model: its size, ms a kernel by batch and errors on held-out kernels, beside those of the model."""
     held = heldout(model, store)
-    print(title)
-    for baking in tables:
-        with tempfile.TemporaryDirectory() as folder:
-            started = time.perf_counter()
-            path = Path(bake(model, *baking, Path(folder) / "table.zarr").path)
-            baked = time.perf_counter()
-            table = psftrain.open_table(path)
-            opened = time.perf_counter()
-            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        judged = judge(model, table, held)
-        ms = timed({"model": model.psf, "table": table.psf}, table.domain, rounds)
-        nodes, error = " x ".join(map(str, table.lattice.shape)), table.bake["error"]
-        print(f"  table of {nodes} nodes (focus, depth, y, x), {size / 2**20:.1f} MiB:")
-        for name, found in ms.items():
-            row = "".join(f"{found[batch]:12.4f}" for batch in BATCHES)
-            print(f"    {name:28}{row}{judged[name]['mean']:10.2%}{judged[name]['p95']:10.2%}")
-        row = "".join(f"{ms['model'][batch] / ms['table'][batch]:12.0f}" for batch in BATCHES)
-        print(f"    {'model/table, table/model':28}{row}{judged['ratio']['mean']:10.3f}{judged['ratio']['p95']:10.3f}")
-        print(
-            f"    table against model: mean {error['mean']:.2%}, p95 {error['p95']:.2%}; "
-            f"baked in {baked - started:.0f} s, opened in {opened - baked:.2f} s"
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        path = Path(bake(model, *baking, Path(folder) / "table.zarr").path)
+        baked = time.perf_counter()
+        table = psftrain.open_table(path)
+        opened = time.perf_counter()
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return {
+        "nodes": list(table.lattice.shape),
+        "kernel": [len(table.wavelength_um), len(table.y_um), len(table.x_um)],
+        "file_bytes": size,
+        "memory_bytes": table.kernels.nbytes,
+        "bake_s": baked - started,
+        "open_s": opened - baked,
+        "error": table.bake["error"],
+        "judged": judge(model, table, held),
+        "ms": timed({"model": model.psf, "table": table.psf}, table.domain, rounds),
+    }
 
 
-def timed(ways: dict[str, Callable[..., Any]], domain: Domain, rounds: int) -> dict[str, dict[int, float]]:
+def timed(ways: dict[str, Callable[..., Any]], domain: Domain, rounds: int) -> dict[str, dict[str, float]]:
     """Median ms a kernel of each way by batch."""
     places = {batch: random_places(domain, batch) for batch in BATCHES}
     spent: dict[str, dict[int, list[float]]] = {name: {batch: [] for batch in BATCHES} for name in ways}
@@ -128,7 +134,7 @@ def timed(ways: dict[str, Callable[..., Any]], domain: Domain, rounds: int) -> d
         for batch, place in places.items():
             for name, psf in ways.items():
                 spent[name][batch].append(1000 * seconds(lambda psf=psf, place=place: psf(*place)) / batch)
-    return {name: {batch: statistics.median(ms) for batch, ms in found.items()} for name, found in spent.items()}
+    return {name: {str(batch): statistics.median(ms) for batch, ms in found.items()} for name, found in spent.items()}
 
 
 def seconds(work: Callable[[], Any]) -> float:
