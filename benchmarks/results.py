@@ -13,13 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bake_section import bake
+from distances_section import distances
+from tables import RATIOS, SPEARMAN, percent, table_of, title
+
 from psftrain.baselines import CLASSICAL
 from psftrain.report import TITLES
 
 ROOT = Path(__file__).parents[1]
 MEAN_BOUND, P95_BOUND = 1.02, 1.05  # of the ratio to the best classical row, in every cell
 HALVED, HALVED_CELLS, HALVED_OF = 0.65, 8, ("condenser", "phone")  # the ratio itself, in so many cells of these
-SPEARMAN, RATIOS = 0.8, (0.7, 1.4)  # of expected and true errors
 ROWS = ("prior_mean", "prior_sample", "posterior", *CLASSICAL, "mlp", "trace", "noise_floor")
 Cell = dict[str, Any]
 
@@ -91,11 +94,6 @@ def calibration(found: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def title(name: str) -> str:
-    """A cell's name for people."""
-    return name.replace("_", " ").capitalize()
-
-
 def _about(found: dict[str, Any]) -> list[str]:
     sets = f", `{' '.join(found['sets'])}`" if found["sets"] else ""
     sources = ", ".join(found["sources"]) + (" (numbers of several)" if len(found["sources"]) > 1 else "")
@@ -133,8 +131,8 @@ def _summary(cells: list[Cell], model: str) -> list[str]:
                 title(cell["cell"]),
                 str(cell["grid"]),
                 TITLES[best],
-                _percent(table[best], "mean"),
-                _percent(table["prior_mean"], "mean"),
+                percent(table[best], "mean"),
+                percent(table["prior_mean"], "mean"),
                 f"**{ratio['mean']:.2f}** ({ratio['mean_bound']:.2f})",
                 f"{ratio['p95']:.2f} ({ratio['p95_bound']:.2f})",
                 f"{100 * table['noise_floor']['mean']:.2f}",
@@ -203,7 +201,7 @@ def _every_row(cells: list[Cell]) -> list[str]:
         line = [TITLES.get(name, f"`{name}`, prior mean")]
         for cell in cells:
             row = cell["rows"].get(name)
-            line += ["-"] * 3 if row is None else [_percent(row, "mean"), _percent(row, "p95"), _ms(row)]
+            line += ["-"] * 3 if row is None else [percent(row, "mean"), percent(row, "p95"), _ms(row)]
         rows.append(line)
     return [*table_of(header, rows), *_rays([cell for cell in cells if "trace" in cell["rows"]])]
 
@@ -221,21 +219,15 @@ def _rays(cells: list[Cell]) -> list[str]:
     ]
 
 
-def _percent(row: dict[str, Any], key: str) -> str:
-    low, high = row[f"{key}_interval"]
-    return f"{100 * row[key]:.3g} ({100 * low:.3g}-{100 * high:.3g})"
-
-
 def _ms(row: dict[str, Any]) -> str:
     return "-" if row["ms_per_psf"] is None else f"{row['ms_per_psf']:.3f}"
 
 
-def table_of(header: list[str], rows: list[list[str]]) -> list[str]:
-    """A table in Markdown."""
-    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
-
-
-SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {"interpolate": single_lenses}
+SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "interpolate": single_lenses,
+    "distances": distances,
+    "bake": bake,
+}
 
 if __name__ == "__main__":
     main()
