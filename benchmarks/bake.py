@@ -3,16 +3,17 @@
     python benchmarks/interpolate.py --parts bake
     python benchmarks/bake.py --run RUN --store HELDOUT [--grid N] [--depth D] [--focus D] [--rounds 7]
 
-As a part of benchmarks/interpolate.py it takes runs and held-out stores of the other parts, which are made where they
-are missing: lenses at one depth and focus distance, and at 8 of each, judged midway between them. With --run, a run of
-your own. Tables have the nodes that `psftrain bake` chooses. Every kernel is asked for at a place of its own, at random
-in the field and in dioptres. One thread; model and table in turns, medians.
+As a part of benchmarks/interpolate.py it takes the stores of the other parts, which are rendered where they are
+missing: lenses at one depth and focus distance, and at 8 of each, judged midway between them. With --run, a run of your
+own. Tables have the nodes that `psftrain bake` chooses. Every kernel is asked for at a place of its own, at random in
+the field and in dioptres. One thread; model and table in turns, medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -22,12 +23,13 @@ from typing import Any
 
 import distances
 import torch
-from scored import Setting, Task, circumstances, save, score, source, stores
+from scored import Setting, Task, circumstances, default_fit, identity_of, save, source, stores
 
 import psftrain
-from psftrain.bake import bake, weights_sha256
+from psftrain.bake import bake
 from psftrain.config import FitConfig
 from psftrain.fidelity import heldout, judge, random_places
+from psftrain.fit import fit
 from psftrain.places import Domain
 from psftrain.predict import PsfModel
 
@@ -56,48 +58,44 @@ def main() -> None:
 
 def measure(setting: Setting, quick: bool) -> None:
     """Every lens at one distance and at several, unless its table is known already."""
-    names, sides = (LENSES[:1], QUICK_GRID) if quick else (LENSES, GRID)
-    cases = [(name, several) for several in (False, True) for name in names]
-    tables = [_kept(name, several, setting, quick, sides) for name, several in cases]
-    about = circumstances(setting, []) | {"sources": sorted({source for one in tables for source in one["sources"]})}
+    names = LENSES[:1] if quick else LENSES
+    tables = [measured(name, several, setting, quick) for several in (False, True) for name in names]
+    about = circumstances(setting, []) | {"sources": sorted({table["source"] for table in tables})}
     save(setting.work / "bake.json", {**about, "rounds": ROUNDS, "tables": tables})
 
 
-def _kept(name: str, several: bool, setting: Setting, quick: bool, grid: int) -> dict[str, Any]:
+def measured(name: str, several: bool, setting: Setting, quick: bool) -> dict[str, Any]:
     """What came out for a table, now or before."""
-    run, store, trained_by = _case(name, several, setting, quick, grid)
-    model = psftrain.load(run)
-    path = setting.work / "bake" / f"{name}-{'several' if several else 'one'}.json"
-    identity = {"weights": weights_sha256(model), "heldout": store}
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if found.pop("identity") == identity:
-            print(f"{path.stem}: kept" + ("" if found["sources"] == [source()] else ", by another source than today's"))
-            return found
-    torch.set_num_threads(1)
-    try:
-        found = compared(model, store, (None, None, None), ROUNDS)
-    finally:
-        torch.set_num_threads(setting.threads)
-    found = {"cell": name, "several": several, "sources": sorted({trained_by, source()}), **found}
-    save(path, {"identity": identity, **found})
-    print(
-        f"{path.stem}: {found['nodes']} nodes, {found['ms']['table']['1024']:.4f} ms a kernel, errors times "
-        f"{found['judged']['ratio']['mean']:.3f}",
-        flush=True,
-    )
+    folder = setting.work / "bake" / f"{name}-{'several' if several else 'one'}"
+    model = FitConfig().model.name
+    task = Task(name, QUICK_GRID if quick else GRID, 0, model)
+    train, held = distances.both(name, setting.work, quick) if several else stores(task, setting)
+    config = default_fit(setting, train, folder / "run", model)
+    identity = identity_of(config, train, held, setting)
+    found: dict[str, Any] = _kept(folder / "table.json", identity)
+    if not found:
+        shutil.rmtree(folder, ignore_errors=True)
+        fit(config)
+        torch.set_num_threads(1)
+        try:
+            found = compared(psftrain.load(config.run), str(held.path), (None, None, None), ROUNDS)
+        finally:
+            torch.set_num_threads(setting.threads)
+        found = {"cell": name, "several": several, "source": source(), **found}
+        save(folder / "table.json", {"identity": identity, **found})
+    ms, ratio = found["ms"]["table"]["1024"], found["judged"]["ratio"]["mean"]
+    print(f"{folder.name}: {found['nodes']} nodes, {ms:.4f} ms a kernel, errors times {ratio:.3f}", flush=True)
+    if found["source"] != source():
+        print(f"{folder.name} was measured by another source than today's; delete {folder} to do it again")
     return found
 
 
-def _case(name: str, several: bool, setting: Setting, quick: bool, grid: int) -> tuple[str, str, str]:
-    """A run and its held-out store, as the other parts make them, and the source by which."""
-    if several:
-        found = distances.measured(name, setting, quick)
-        _, held = distances.both(name, setting.work, quick)
-        return str(setting.work / "distances" / name / "run"), str(held.path), found.source
-    task = Task(name, grid, 0, FitConfig().model.name)
-    found, _ = score(task, setting)
-    return str(setting.folder(task) / "run"), str(stores(task, setting)[1].path), found.source
+def _kept(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a table with this identity, or nothing."""
+    if not path.exists():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found if found.pop("identity") == identity else {}
 
 
 def compared(model: PsfModel, store: str, baking: Baking, rounds: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def bake(found: dict[str, Any]) -> list[str]:
     return [
         "## Baked tables",
         "",
-        "`psftrain bake RUN` with no option, of runs of the sections above (lenses at one distance: 10 x 10 field "
+        "`psftrain bake RUN` with no option, of runs as in the sections above (lenses at one distance: 10 x 10 field "
         "points, seed 0; at several: 8 depths and 8 focus distances, judged midway between them). Errors are those on "
         "held-out kernels; nodes are focus distances x depths x field points. ms a kernel of "
         f"{' x '.join(map(str, tables[0]['kernel']))} numbers on one core, each at a random place, by how many are "

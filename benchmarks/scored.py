@@ -85,14 +85,7 @@ def judged(
 ) -> tuple[Scored, bool]:
     """Train on one store and judge by another, unless `folder` has it; and whether it was done now, since `first`."""
     train, held = stores
-    identity = plain(
-        {
-            "train": train.attrs["plan_sha256"],
-            "held": held.attrs["plan_sha256"],
-            "mlp_steps": setting.mlp_steps,
-            "fit": {key: value for key, value in config.model_dump().items() if key not in ("store", "run")},
-        }
-    )
+    identity = identity_of(config, train, held, setting)
     found = read(folder, identity)
     if found is not None:
         return found, False
@@ -109,6 +102,19 @@ def judged(
     found = Scored(report, found_now.errors, fit_s, time.perf_counter() - first, source())
     _keep(folder, identity, found)
     return found, True
+
+
+def identity_of(config: FitConfig, train: Store, held: Store, setting: Setting) -> dict[str, Any]:
+    """What decides the numbers that come out of a run, but for the source."""
+    found: dict[str, Any] = plain(
+        {
+            "train": train.attrs["plan_sha256"],
+            "held": held.attrs["plan_sha256"],
+            "mlp_steps": setting.mlp_steps,
+            "fit": {key: value for key, value in config.model_dump().items() if key not in ("store", "run")},
+        }
+    )
+    return found
 
 
 def stores(task: Task, setting: Setting) -> tuple[Store, Store]:

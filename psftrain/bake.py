@@ -107,7 +107,7 @@ def _plan(model: PsfModel, stores: list[Store], coords: Coords) -> dict[str, Any
         "lens_sha256": stores[0].attrs["lens"]["sha256"],
         "model": trained.config.model.name,
         "step": trained.step,
-        "weights_sha256": weights_sha256(model),
+        "weights_sha256": _weights_sha256(model),
         "trained_on": [store.attrs["plan_sha256"] for store in stores],
         "grid": len(coords["field_x"]),
         "field_max": model.field_max,
@@ -119,8 +119,7 @@ def _plan(model: PsfModel, stores: list[Store], coords: Coords) -> dict[str, Any
     return found
 
 
-def weights_sha256(model: PsfModel) -> str:
-    """What tells a model from another of the same name."""
+def _weights_sha256(model: PsfModel) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.trained.model.state_dict().items()):
         digest.update(name.encode())

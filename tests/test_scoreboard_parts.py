@@ -126,7 +126,7 @@ def test_what_comes_out_of_tables(made: Path) -> None:
 def test_what_is_known_is_not_measured_again(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distances, "QUICK_GRID", 4)
     setting = Setting(made, 1, held_side=4, mlp_steps=2)
-    for name in ("scored.fit", "scored.evaluate", "bake.compared"):
+    for name in ("scored.fit", "scored.evaluate", "bake.fit", "bake.compared"):
         monkeypatch.setattr(name, lambda *given: pytest.fail("done again"))
     before = [json.loads((made / f"{part}.json").read_text()) for part in ("distances", "bake")]
     for part in (distances, bake):
