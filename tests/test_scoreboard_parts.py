@@ -13,7 +13,7 @@ from training import solve_quickly
 
 from psfgen.config import RenderConfig, load_config
 from psfgen.errors import FitError
-from psftrain import density
+from psftrain import density, fidelity
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -92,7 +92,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         solve_quickly(patch)
         patch.setattr(distances, "QUICK_GRID", 4)
         patch.setattr(bake, "LEAST_S", 0.0)
-        patch.setattr(density, "MOST_BYTES", 2 * 2**20)
+        patch.setattr(bake, "ROUNDS", 1)
+        patch.setattr(density, "DEFAULT", 9)
+        patch.setattr(density, "PLACES", 32)
+        patch.setattr(fidelity, "PLACES", 64)
+        patch.setattr(density, "MOST_BYTES", 2**20)
         setting = Setting(tmp_path_factory.mktemp("parts"), 1, held_side=4, mlp_steps=2)
         for part in (distances, bake):
             part.measure(setting, quick=True)
@@ -114,7 +118,7 @@ def test_what_comes_out_of_tables(made: Path) -> None:
     one, several = json.loads((made / "bake.json").read_text())["tables"]
     assert (one["several"], several["several"]) == (False, True)
     assert one["nodes"][:2] == [1, 1]
-    assert one["nodes"][2] >= density.DEFAULT
+    assert one["nodes"][2] >= 9
     assert min(several["nodes"][:2]) >= 3
     for table in (one, several):
         judged = table["judged"]
@@ -125,6 +129,7 @@ def test_what_comes_out_of_tables(made: Path) -> None:
 
 def test_what_is_known_is_not_measured_again(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distances, "QUICK_GRID", 4)
+    monkeypatch.setattr(bake, "ROUNDS", 1)
     setting = Setting(made, 1, held_side=4, mlp_steps=2)
     for name in ("scored.fit", "scored.evaluate", "bake.fit", "bake.compared"):
         monkeypatch.setattr(name, lambda *given: pytest.fail("done again"))
