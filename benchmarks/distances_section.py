@@ -27,6 +27,7 @@ def distances(found: dict[str, Any]) -> list[str]:
         "",
         *verdict(lenses),
         "",
+        *where_tracing_wins(lenses),
         "Every row: mean and p95 in %, and ms a kernel on one core.",
         "",
         *_every_row(lenses),
@@ -96,6 +97,24 @@ def _believed(told: dict[str, Any] | None) -> bool:
 
 def _state(missed: list[Lens], count: int) -> str:
     return f"MISSED by {', '.join(lens['cell'] for lens in missed)}" if missed else f"held by all {count}"
+
+
+def where_tracing_wins(lenses: list[Lens]) -> list[str]:
+    """The lenses that are better traced, if they are known as well as here."""
+    rows = {lens["cell"]: lens["rows"] for lens in lenses if "trace" in lens["rows"]}
+    wins = [
+        name
+        for name, row in rows.items()
+        if row["trace"]["ms_per_psf"] <= row["prior_mean"]["ms_per_psf"]
+        and row["trace"]["mean"] <= row["trace"]["prior_mean_there"]
+    ]
+    if not wins:
+        return []
+    return [
+        f"Tracing the lens itself is faster than the model and better for {len(wins)} of {len(rows)} "
+        f"({', '.join(wins)}): where the lens is known as well as here, trace it.",
+        "",
+    ]
 
 
 def _every_row(lenses: list[Lens]) -> list[str]:

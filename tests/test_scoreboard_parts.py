@@ -164,6 +164,17 @@ def test_misses_of_other_distances_are_named() -> None:
     assert all(line.endswith("held by all 1.") for line in distances_section.verdict([lens("phone", 0.5)]))
 
 
+@pytest.mark.parametrize(("ms", "error", "wins"), [(0.5, 0.1, True), (1.5, 0.1, False), (0.5, 0.3, False)])
+def test_it_is_said_where_tracing_wins(ms: float, error: float, wins: bool) -> None:
+    rows = {
+        "prior_mean": {"ms_per_psf": 1.0},
+        "trace": {"ms_per_psf": ms, "mean": error, "prior_mean_there": 0.2},
+    }
+    told = distances_section.where_tracing_wins([{"cell": "phone", "rows": rows}])
+    assert bool(told) == wins
+    assert not wins or "better for 1 of 1 (phone): where the lens is known as well as here, trace it." in told[0]
+
+
 def table(name: str, several: bool, ms: float, ratio: float) -> dict[str, Any]:
     judged = {"ratio": {"mean": ratio}}
     return {"cell": name, "several": several, "ms": {"table": {"1024": ms}}, "judged": judged}
