@@ -31,7 +31,7 @@ from psfgen.errors import Preempted, PsfError
 from psftrain.config import FitConfig
 
 MOST_S = 360.0  # that a fit (at most 5 minutes) and its evaluation may take: expected before the first has ended
-PARTS = ("lenses", "distances", "bake")
+PARTS = ("lenses", "copies", "distances", "bake")
 QUICK: dict[str, Any] = {"grids": [5], "seeds": [0]}
 QUICK_SETTING: dict[str, Any] = {"held_side": 12, "mlp_steps": 300}
 

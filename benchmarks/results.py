@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bake_section import bake
+from copies_section import copies
 from distances_section import distances
 from tables import RATIOS, SPEARMAN, percent, table_of, title
 
@@ -29,7 +30,9 @@ Cell = dict[str, Any]
 HEAD = """# Does the model beat interpolation?
 
 Every number on this page comes out of `python benchmarks/interpolate.py`, whose work folder keeps what it took;
-`python benchmarks/results.py` writes the page again. [evaluation.md](evaluation.md) explains the rows.
+`python benchmarks/results.py` writes the page again. [evaluation.md](evaluation.md) explains the rows. Each section
+names the source that its numbers come from, as a hash of all of `psfgen` and `psftrain`: what is measured once is kept.
+The model learns from full-size kernels; interpolation and the plain network get the 15 x 15 bins that are scored.
 """
 
 
@@ -226,6 +229,7 @@ def _ms(row: dict[str, Any]) -> str:
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "interpolate": single_lenses,
     "distances": distances,
+    "copies": copies,
     "bake": bake,
 }
 

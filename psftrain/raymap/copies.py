@@ -36,22 +36,31 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Round:
-    """All copies fitted together: pupil and field of the terms, cells a side, rays."""
+    """All copies fitted together, at most so often: the terms, cells a side, rays."""
 
     reach: Reach
     cells: int
     rays: int
+    most: int
 
 
 COARSE = replace(STARTS[-1].reach, charge=5)
 ALONE = ((8, 256, 6), (16, 512, 6))  # cells a side, rays and most steps of the fit of each copy alone
-TOGETHER = (Round(COARSE, 16, 512), Round(FINEST, 16, 512), Round(FINEST, 32, 1024), Round(FINEST, 32, 1024))
+TOGETHER = (Round(COARSE, 16, 512, 1), Round(FINEST, 16, 1024, 4), Round(FINEST, 32, 2048, 8))
+ENOUGH = 24  # copies that tell the loadings; more of them tell how much there is of each
+SLIGHT = 0.02  # the gain in misfit below which a round is not repeated
 FIRM = 1e-2  # holds the design where the misalignment of a copy is looked for
 LOST = 1.5  # times the misfit of the better half: such a copy is in another valley
 FEWEST = 4  # copies that make up the first loadings
-WEAK = 0.25  # of the misfit: loadings that change kernels less are left out
+WEAK = 0.1  # of the misfit: loadings that change kernels less are left out
 MOVES = 6  # most steps of the latents in a round
 HALVINGS = 4  # of a step that makes the fit worse, until it is given up
+
+
+def lit_copies(sites: Sites, kernels: NDArray[np.float32], captured: Array) -> list[Copy]:
+    """Copies whose kernels at the same places [M] are [K, M, W, k, k], NaN where there is no light."""
+    lit = ~np.isnan(kernels).any(axis=(2, 3, 4))
+    return [Copy(sites[some], k[some], c[some]) for some, k, c in zip(lit, kernels, captured, strict=True)]
 
 
 def fit_family(
@@ -70,26 +79,32 @@ def fit_family(
 
     `done` is told what share of the work is done.
     """
-    lit = ~np.isnan(kernels).any(axis=(2, 3, 4))
-    copies = [Copy(sites[some], k[some], c[some]) for some, k, c in zip(lit, kernels, captured, strict=True)]
+    copies = lit_copies(sites, kernels, captured)
     first = copies[_plainest(kernels)]
     base = fit_raymap(first.sites, first.kernels, first.captured, wavelength_um, seed=seed, threads=threads)
     done(0.3)
-    shared, misfit = _first_loadings(copies, base, latent, threads)
+    shared, misfit = _first_loadings(copies[:ENOUGH], base, latent, threads)
     done(0.4)
-    family = shared.family(wavelength_um, np.sqrt(misfit))
-    known = [infer(family, copy, threads, stages=ALONE) for copy in copies]
-    for number, stage in enumerate(TOGETHER, start=1):
-        if stage.reach != shared.turns.terms.reach:
-            shared = shared.lifted(Terms(stage.reach))
-        shared, hessians = _improved(shared, copies, np.array([each.mean for each in known]), stage, threads)
-        shared, z = _settled(shared, known, hessians, latent)
-        family = shared.family(wavelength_um, _noise(known))
-        moves = ((stage.cells, stage.rays, MOVES),)
-        known = [infer(family, copy, threads, start, moves) for copy, start in zip(copies, z, strict=True)]
-        log.debug("%s: %d latents, misfit %s", stage, len(family), _noise(known).round(4))
-        done(0.4 + 0.6 * number / len(TOGETHER))
-    return replace(family, noise=_noise(known)), known
+    few = copies[:ENOUGH]
+    family = shared.family(np.sqrt(misfit))
+    known = [infer(family, copy, threads, stages=ALONE) for copy in few]
+    rounds, ended = sum(stage.most for stage in TOGETHER), 0
+    for stage in TOGETHER:
+        shared, best = shared.lifted(Terms(stage.reach)), np.inf
+        for number in range(stage.most):
+            done(0.4 + 0.5 * (ended + number) / rounds)
+            shared, hessians = _improved(shared, few, np.array([each.mean for each in known]), stage, threads)
+            family, shared, known = _settled(shared, few, known, hessians, latent, stage, threads)
+            before, best = best, float(np.linalg.norm(family.noise))
+            if best > (1 - SLIGHT) * before:
+                break
+        ended += stage.most
+    done(0.9)
+    if len(copies) > len(few):
+        known += [infer(family, copy, threads) for copy in copies[ENOUGH:]]
+        family, _, known = _settled(shared, copies, known, hessians, latent, TOGETHER[-1], threads)
+    done(1.0)
+    return family, known
 
 
 def _plainest(kernels: NDArray[np.float32]) -> int:
@@ -119,6 +134,7 @@ def _first_loadings(copies: Sequence[Copy], base: RayMap, latent: int, threads: 
     misfit = misfit[good].mean(axis=0)
     shared = principal(
         turns,
+        base.wavelength_um,
         design.mean(axis=0),
         (design - design.mean(axis=0)) / np.sqrt(len(good)),
         np.concatenate([errors.real, errors.imag]) / np.sqrt(2 * len(good)),
@@ -153,7 +169,7 @@ def _improved(
     for w, rows in enumerate(shared.rows):
         problems = [Problem(shared.turns.terms, copy.seen(w), cells, pupil, threads) for copy in copies]
         found.append(_stepped(shared.weights(z), rows, problems))
-    return Shared(shared.turns, tuple(rows for rows, _ in found)), np.array([hessian for _, hessian in found])
+    return replace(shared, rows=tuple(rows for rows, _ in found)), np.array([hessian for _, hessian in found])
 
 
 def _stepped(weights: Weights, rows: Rows, problems: Sequence[Problem]) -> tuple[Rows, Array]:
@@ -173,8 +189,25 @@ def _stepped(weights: Weights, rows: Rows, problems: Sequence[Problem]) -> tuple
     return next((better for better in tried if loss(better) < before), rows), hessians.mean(axis=0)
 
 
-def _settled(shared: Shared, known: Sequence[Posterior], hessians: Array, latent: int) -> tuple[Shared, Array]:
-    """The same rows, and latents [K, L] of the copies, such that latents have the variance 1 and no correlation."""
+def _settled(
+    shared: Shared,
+    copies: Sequence[Copy],
+    known: Sequence[Posterior],
+    hessians: Array,
+    latent: int,
+    stage: Round,
+    threads: Executor,
+) -> tuple[Family, Shared, list[Posterior]]:
+    """The same rows so that latents have the variance 1 and no correlation, and the copies seen that way."""
+    shared, z = _whitened(shared, known, hessians, latent)
+    family, stages = shared.family(_noise(known)), ((stage.cells, stage.rays, MOVES),)
+    known = [infer(family, copy, threads, start, stages) for copy, start in zip(copies, z, strict=True)]
+    log.debug("%s: %d latents, misfit %s", stage, len(family), _noise(known).round(4))
+    return replace(family, noise=_noise(known)), shared, known
+
+
+def _whitened(shared: Shared, known: Sequence[Posterior], hessians: Array, latent: int) -> tuple[Shared, Array]:
+    """The same rows so that latents have the variance 1 and no correlation, and these latents [K, L]."""
     z = np.array([each.mean for each in known])
     spread = np.mean([each.covariance for each in known], axis=0)
     count, _ = shared.sizes
@@ -185,10 +218,10 @@ def _settled(shared: Shared, known: Sequence[Posterior], hessians: Array, latent
     of_design = off.T @ off / len(z) + spread[rest, rest]
     errors = np.stack([row.errors for row in shared.rows], axis=1)
     design = np.stack([row.design for row in shared.rows], axis=1)
-    mean = design[0] + np.tensordot(centre, design[1:], axes=1)
     found = principal(
         shared.turns,
-        mean,
+        shared.wavelength_um,
+        design[0] + np.tensordot(centre, design[1:], axes=1),
         np.tensordot(cholesky(of_design), design[1:], axes=1),
         np.tensordot(cholesky(of_errors), errors, axes=1),
         hessians,

@@ -30,6 +30,7 @@ class Shared:
     """The rows of each wavelength [W]; a copy's latents are x of each loading, y of each, then those of the design."""
 
     turns: Turns
+    wavelength_um: Array
     rows: tuple[Rows, ...]
 
     @property
@@ -43,7 +44,7 @@ class Shared:
         design = np.column_stack([np.ones(len(z)), z[:, 2 * count :]])
         return Weights(self.turns, design, z[:, :count] + 1j * z[:, count : 2 * count])
 
-    def family(self, wavelength_um: Array, noise: Array) -> Family:
+    def family(self, noise: Array) -> Family:
         """As coefficients."""
         design, errors = (
             np.stack([r.design for r in self.rows], axis=1),
@@ -56,13 +57,14 @@ class Shared:
             *self.turns.joined(np.zeros(design.shape[2]), np.multiply(1j, errors)),
             *self.turns.joined(design[1:], none),
         ]
-        return Family(
-            self.turns.terms, wavelength_um, found[0], np.array(found[1:]).reshape(-1, *found[0].shape), noise
-        )
+        loadings = np.array(found[1:]).reshape(-1, *found[0].shape)
+        return Family(self.turns.terms, self.wavelength_um, found[0], loadings, noise)
 
     def lifted(self, terms: Terms) -> Shared:
-        """With more terms, which are 0."""
+        """With other terms; those that are new are 0."""
         turns, old = Turns(terms), self.turns
+        if terms.reach == old.terms.reach:
+            return self
 
         def of(design: Array, errors: Array) -> Array:
             return np.array([terms.taken_from(old.terms, c) for c in old.joined(design, errors)])
@@ -72,11 +74,18 @@ class Shared:
             design = turns.split(of(row.design, np.zeros(row.errors.shape[1])))[0]
             errors = turns.split(of(np.zeros(row.design.shape[1]), row.errors).reshape(-1, len(terms)))[1].real
             rows.append(Rows(design, errors))
-        return Shared(turns, tuple(rows))
+        return Shared(turns, self.wavelength_um, tuple(rows))
 
 
 def principal(
-    turns: Turns, mean: Array, design: Array, errors: Array, hessians: Array, latent: int, least: float
+    turns: Turns,
+    wavelength_um: Array,
+    mean: Array,
+    design: Array,
+    errors: Array,
+    hessians: Array,
+    latent: int,
+    least: float,
 ) -> Shared:
     """Loadings as few as can be: principal components in the measure of what they change in kernels.
 
@@ -91,7 +100,8 @@ def principal(
     (of_design, design), (of_errors, errors) = found
     kept = _kept(of_errors, of_design, latent, least)
     together = np.concatenate([mean[None], design[: kept[1]]])
-    return Shared(turns, tuple(Rows(together[:, w], errors[: kept[0], w]) for w in range(len(hessians))))
+    rows = tuple(Rows(together[:, w], errors[: kept[0], w]) for w in range(len(hessians)))
+    return Shared(turns, wavelength_um, rows)
 
 
 def _components(factors: Array, lengths: list[Array]) -> tuple[Array, Array]:
