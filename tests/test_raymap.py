@@ -19,7 +19,7 @@ from psftrain.raymap import search as searching
 from psftrain.raymap.decoder import RayDecoder, matrix_of
 from psftrain.raymap.images import bins, hats
 from psftrain.raymap.modes import Mode, Pupil, modes_to
-from psftrain.raymap.search import fit_raymap
+from psftrain.raymap.search import RayMap, fit_raymap
 from psftrain.raymap.solve import Fit, Prior, Problem, Seen, drawn, ridge, solve
 from psftrain.raymap.stages import Stage, refined, spread
 from psftrain.raymap.terms import Reach, Sites, Terms
@@ -240,6 +240,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A search for small lenses."""
     finest = Reach(pupil=4, field=4, charge=2)
     monkeypatch.setattr(searching, "STARTS", SHORT)
+    monkeypatch.setattr(searching, "TRIES", 1)
     monkeypatch.setattr(distances, "MOVED", replace(distances.MOVED, reach=SHORT[-1].reach, kernels=25))
     monkeypatch.setattr(searching, "FINEST", finest)
     monkeypatch.setattr(searching, "LAST", (Stage(1, finest, 25, 16, 512, 15),))
@@ -351,3 +352,22 @@ def test_torch_counts_rays_as_the_solver_does() -> None:
     modes = torch.einsum("wqs,bs->bwq", matrix[0], features)
     exported = decoder._summed(modes)
     assert np.allclose((exported / exported.sum(dim=(-2, -1), keepdim=True))[:, 0], truth, atol=1e-5)
+
+
+def test_of_a_few_kernels_the_truest_map_is_taken(
+    short: None, threads: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three searches, from three seeds; of more kernels there is one."""
+    asked = list[int]()
+
+    def found(sites: Sites, *rest: Any) -> RayMap:
+        asked.append(rest[3])
+        return RayMap(Terms(SHORT[-1].reach), np.ones(1), np.zeros((1, 1)), np.array([0.1 + abs(rest[3] - 22)]))
+
+    monkeypatch.setattr(searching, "TRIES", 3)
+    monkeypatch.setattr(searching, "_found", found)
+    for count, seeds in ((searching.FEW, [21, 22, 23]), (searching.FEW + 1, [7])):
+        asked.clear()
+        best = fit_raymap(some_sites(count), *np.zeros((2, 1)), np.ones(1), seed=7, threads=threads)
+        assert asked == seeds
+        assert best.misfit[0] == pytest.approx(min(0.1 + abs(seed - 22) for seed in seeds))
