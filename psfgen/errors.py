@@ -146,6 +146,36 @@ def stop_signals(numbers: Iterable[signal.Signals] = STOP_SIGNALS) -> Iterator[l
             signal.signal(number, old)
 
 
+class _Signalled(BaseException):
+    """A signal that is to end the work where it is."""
+
+
+@contextmanager
+def ended_by_signals(outcome: str) -> Iterator[None]:
+    """Let a signal end the work by an exception, which clears away what was begun; raises Preempted with `outcome`.
+
+    For work that goes on from nothing. Only a main thread hears signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[str] = []
+
+    def end(number: int, frame: object) -> None:
+        caught.append(signal.Signals(number).name)
+        if len(caught) == 1:  # the next would disturb the clearing away
+            raise _Signalled
+
+    before = {number: signal.signal(number, end) for number in (*STOP_SIGNALS, signal.SIGINT)}
+    try:
+        yield
+    except _Signalled:
+        raise Preempted(f"{caught[0]}: {outcome}") from None
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
 def progress(total: int, description: str, unit: str, initial: int = 0, silent: bool = False) -> Any:
     """A tqdm bar on stderr: redrawn on a terminal, else one line every 30 s; `silent`: neither."""
     from tqdm import tqdm

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from psfgen.errors import ConfigError, RunMismatch
@@ -15,9 +17,15 @@ from psftrain import checkpoint
 from psftrain import run as runs
 from psftrain.conditioning import conditioning_document
 from psftrain.data import COPY, Examples, fingerprint, open_stores, read_examples, require_same
+from psftrain.landing import landing
 from psftrain.models.field import FieldCVAE
+from psftrain.models.rays import relative
 from psftrain.run import Trained
 
+log = logging.getLogger(__name__)
+
+STRANGE = 3  # times the misfit of the training copies
+FARTHEST = 5  # standard deviations
 SIDE = 9  # field points a side at which the expected error of the whole field is taken
 
 
@@ -38,6 +46,8 @@ class Adapted:
 def adapt(trained: Trained, store: str, copy: int | None, out: Path) -> Adapted:
     """Infer the latents of the copy whose kernels a store holds, and write the model of that copy as a run.
 
+    The run appears whole or not at all. A copy that is none of the family is warned of.
+
     Raises RunMismatch where the run knows no copies, the store is of another lens or sampling, or `out` exists;
     ConfigError where the store holds several copies and none is named.
     """
@@ -47,17 +57,35 @@ def adapt(trained: Trained, store: str, copy: int | None, out: Path) -> Adapted:
             f"run {trained.path} knows one lens, of which there is nothing to infer; train model field_cvae on a store "
             "with copies (psfgen render --copies 24 --tolerances FILE)"
         )
+    if out.exists() and not out.is_dir():
+        raise RunMismatch(f"--out {out} is no folder; choose another --out")
     if out.exists() and any(out.iterdir()):
         raise RunMismatch(f"--out {out} is not empty; choose another --out")
     measured, field = _measured(trained, store, copy), _field(trained)
     with torch.no_grad():
         error_before, expected_before = _error(model, measured), _expected(model, field)
-        model.adapt([open_store(store)], measured.places)
+        known = model.adapt([open_store(store)], measured.places)
+        _warn_of_a_stranger(trained, model, store, float(np.abs(known.mean).max()))
         found = Adapted(
             out, len(measured), error_before, _error(model, measured), expected_before, _expected(model, field)
         )
     _write(trained, found, store)
     return found
+
+
+def _warn_of_a_stranger(trained: Trained, model: FieldCVAE, store: str, farthest: float) -> None:
+    """Say so where kernels are met much worse than those of the training copies, or by latents `farthest` from 0."""
+    misfit, usual = (values.square().mean().sqrt().item() for values in (model.residual, model.noise))
+    if misfit > STRANGE * usual or farthest > FARTHEST:
+        log.warning(
+            "%s is of no such copy as %s was trained on: its kernels are met to %.2g %%, theirs to %.2g %%, and a "
+            "latent is %.1f standard deviations from the mean; train on copies of larger tolerances",
+            store,
+            trained.path,
+            100 * misfit,
+            100 * usual,
+            farthest,
+        )
 
 
 def _measured(trained: Trained, path: str, copy: int | None) -> Examples:
@@ -85,14 +113,13 @@ def _field(trained: Trained) -> torch.Tensor:
 
 def _error(model: FieldCVAE, measured: Examples) -> float:
     found = model.decode(model.prior(measured.condition).mean, measured.condition)
-    errors = (found - measured.kernels).flatten(1).norm(dim=1) / measured.kernels.flatten(1).norm(dim=1)
-    return float(errors.mean())
+    return float(relative(found, measured.kernels).nanmean())
 
 
 def _expected(model: FieldCVAE, condition: torch.Tensor) -> float:
     expected = model.expected_error(condition)
     assert expected is not None
-    return float(expected.mean())
+    return float(expected.nanmean())
 
 
 def _write(trained: Trained, found: Adapted, store: str) -> None:
@@ -103,9 +130,9 @@ def _write(trained: Trained, found: Adapted, store: str) -> None:
         "plan_sha256": [str(open_store(store).attrs["plan_sha256"])],
     }
     about = {"adapted_from": str(trained.path), "adapted_to": store, "kernels": found.kernels}
-    with runs.claimed(found.run):
-        runs.prepare(found.run, config, identity, about)
+    with landing(found.run) as folder:
+        runs.prepare(folder, config, identity, about)
         state = {"model": trained.model.state_dict(), "ema": None, "step": trained.step, "ended": True}
         document = {**state, **identity, **about, "config": plain(config.model_dump())}
-        checkpoint.save(found.run / "checkpoints" / "best.pt", document)
-        runs.finish(found.run, trained.step)
+        checkpoint.save(folder / "checkpoints" / "best.pt", document)
+        runs.finish(folder, trained.step)

@@ -7,10 +7,8 @@ The store holds the kernels once, as `psf`: bins a side are its `kernel_px`, the
 from __future__ import annotations
 
 import hashlib
-import shutil
 import socket
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,16 +19,18 @@ import torch
 
 from psfgen import __version__
 from psfgen.config import RenderConfig, parse_distances_mm
-from psfgen.errors import ConfigError, PlanMismatch, StoreError, progress
+from psfgen.errors import ConfigError, FitError, PlanMismatch, StoreError, progress
 from psfgen.store import Store, open_store, schema
 from psfgen.store.open import format_of, is_store, store_class
 from psfgen.store.place import is_url
 from psftrain.data import fingerprint, open_stores, require_same
 from psftrain.density import Asked, nodes_for
 from psftrain.fidelity import Coords, Nodes, baking_error, compared, parts
+from psftrain.landing import landing
 from psftrain.light import light_between, sensor_between
 from psftrain.places import Array
 from psftrain.predict import PsfModel
+from psftrain.room import memory_bytes, text
 from psftrain.table import ENGINE, Lattice
 
 MEANING = {
@@ -75,7 +75,9 @@ def _coordinates(model: PsfModel, store: Store, grid: int | None, depth: str | N
         for mm, given in zip((model.depth_mm, model.focus_mm), (asked.depth_mm, asked.focus_mm), strict=True)
     ]
     model.domain.places([0.0, 0.0], nearest[0][:, None], nearest[1])
+    _require_room(model, grid or 2, 1)
     side, depth_mm, focus_mm = nodes_for(model, asked, store.coords["depth"], store.coords["focus"])
+    _require_room(model, side, len(depth_mm) * len(focus_mm))
     axis = np.linspace(-model.field_max, model.field_max, side)
     axis = (axis - axis[::-1]) / 2  # exactly symmetric, as psfgen has it
     return schema.coordinates(
@@ -88,6 +90,16 @@ def _coordinates(model: PsfModel, store: Store, grid: int | None, depth: str | N
         bins=1,
         pitch_um=model.pitch_um,
     )
+
+
+def _require_room(model: PsfModel, side: int, slices: int) -> None:
+    """Raise ConfigError for a table that the memory, into which it is read, is too small for."""
+    size = 4 * len(model.wavelength_um) * len(model.x_um) ** 2 * side**2 * slices
+    if size > (free := memory_bytes()):
+        raise ConfigError(
+            f"a table of {side} x {side} field points at {slices} depths and focus distances takes {text(size)}, free "
+            f"are {text(free)} of memory; give a smaller --grid, or fewer --depth or --focus"
+        )
 
 
 def _distances(name: str, text: str | None) -> Array | None:
@@ -153,7 +165,7 @@ def _write(model: PsfModel, stores: list[Store], coords: Coords, plan: dict[str,
     try:
         error = baking_error(nodes, bar)
         attrs = _attributes(model, stores, coords, plan, error)
-        with _appearing(out) as temporary:
+        with _appearing(out), landing(out) as temporary:
             store: Store = store_class("zarr").create(temporary, schema.StoreSpec(coords, attrs))
             for block in range(len(store.blocks)):
                 _write_block(store, block, nodes, light, bar)
@@ -169,10 +181,12 @@ def _write_block(store: Store, block: int, nodes: Nodes, light: dict[str, Array]
             rows, columns = np.arange(band.start, band.stop), np.arange(len(nodes.coords["field_x"]))
             kernels = nodes.kernels(focus, depth, rows[:, None], columns)
             store.write(block, "psf", kernels[None, None], focus=slice(focus, focus + 1), field_y=band)
+            nodes.dark[focus, depth, band] |= np.isnan(kernels).any(axis=(-2, -1))
             bar.update(kernels[..., 0, 0, 0].size)
     dark = nodes.dark
     binned = {"psf_binned": np.where(dark, np.nan, 1)[..., None, None], "noise_binned": np.where(dark, np.nan, 0)}
-    for name, values in {**light, **binned}.items():
+    unlit = {"captured": np.where(dark, 0, light["captured"]), "noise": np.where(dark, np.nan, light["noise"])}
+    for name, values in {**light, **unlit, **binned}.items():
         store.write(block, name, values.take([depth], axis=store.spec.dims(name).index("depth")))
     spent = {"rays": 0, "seconds": time.monotonic() - started, "host": socket.gethostname()}
     store.commit(block, {**spent, "versions": store.attrs["versions"]})
@@ -218,16 +232,10 @@ def _attributes(
 
 
 @contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A path beside `out` for a folder that becomes `out` at the end, unless another process was first."""
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
+def _appearing(out: Path) -> Iterator[None]:
+    """Another process may be first: its table is looked at then. Raises StoreError where there is none."""
     try:
-        yield temporary
-        temporary.rename(out)
-    except StoreError as error:
-        raise StoreError(str(error).replace(str(temporary), str(out))) from None
-    except OSError as error:
+        yield
+    except FitError as error:
         if not out.exists():
-            raise StoreError(f"{out} cannot be written: {error.strerror}; choose another --out") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            raise StoreError(str(error)) from None

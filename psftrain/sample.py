@@ -12,26 +12,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psfgen.config import parse_distance_mm, parse_distances_mm, parse_wavelengths_um
-from psfgen.errors import ConfigError, FitError
+from psfgen.errors import ConfigError
 from psfgen.store.schema import COORD_ATTRS
+from psftrain.landing import landing
 from psftrain.predict import PsfModel
+from psftrain.room import memory_bytes, text
 from psftrain.run import Trained
 
 COLUMNS = ("field_x", "field_y", "depth_mm", "focus_mm")
 
 
 def grid_points(
-    trained: Trained, side: int, depth: str | None, focus: str | None
+    trained: Trained, side: int, depth: str | None, focus: str | None, copies: int = 1
 ) -> tuple[NDArray[Any], tuple[int, ...]]:
     """Points [P, 4] (columns of COLUMNS) of a side x side grid over the trained field at every depth and
     focus, and the shape (focus, depth, y, x) they unfold to.
+
+    Raises ConfigError where the memory is too small for the kernels of so many `copies` at them.
     """
     if side < 1:
         raise ConfigError(f"--grid {side}: at least 1 point a side")
     reach = trained.conditioning.field_max
-    axis = np.linspace(-reach, reach, side) if side > 1 else np.zeros(1)
     depths = _distances("depth", depth, trained.conditioning.depth_dioptre)
     focuses = _distances("focus", focus, trained.conditioning.focus_dioptre)
+    size = copies * side**2 * len(depths) * len(focuses) * _kernel_bytes(trained)
+    if size > (free := memory_bytes()):
+        raise ConfigError(
+            f"--grid {side}: the kernels take {text(size)}, free are {text(free)} of memory; ask for fewer"
+        )
+    axis = np.linspace(-reach, reach, side) if side > 1 else np.zeros(1)
     f, d, y, x = np.meshgrid(focuses, depths, axis, axis, indexing="ij")
     return np.stack([x.ravel(), y.ravel(), d.ravel(), f.ravel()], axis=-1), x.shape
 
@@ -77,14 +86,25 @@ def sample(model: PsfModel, points: NDArray[Any], *, outside: bool = False) -> N
     return model.psf(points[:, :2], points[:, 2], points[:, 3], outside=outside)
 
 
-def draw(model: PsfModel, points: NDArray[Any], copies: int, seed: int) -> NDArray[np.float32]:
+def draw(
+    model: PsfModel, points: NDArray[Any], copies: int, seed: int, *, outside: bool = False
+) -> NDArray[np.float32]:
     """Kernels [copies, P, W, y, x] of lenses drawn from the prior, at points [P, 4].
 
-    Raises ConfigError for no copies, RunMismatch for a model of one lens and outside what was trained.
+    Raises ConfigError for no copies, RunMismatch for a model of one lens and, unless `outside` allows a guess there,
+    outside what was trained on.
     """
     if copies < 1:
         raise ConfigError(f"--prior {copies}: at least 1 copy")
-    return np.stack([one.psf(points[:, :2], points[:, 2], points[:, 3]) for one in model.drawn(copies, seed)])
+    return np.stack([sample(one, points, outside=outside) for one in model.drawn(copies, seed)])
+
+
+def require_new(path: Path) -> None:
+    """Raise ConfigError unless `write` can write there."""
+    if path.suffix not in (".npz", ".zarr"):
+        raise ConfigError(f"--out {path}: write a name that ends in .npz or .zarr")
+    if path.exists():
+        raise ConfigError(f"--out {path} exists; choose another name")
 
 
 def write(
@@ -94,21 +114,20 @@ def write(
     points: NDArray[Any],
     shape: tuple[int, ...] | None,
 ) -> None:
-    """Write kernels to .npz or .zarr; with `shape` unfolded over (focus, depth, field_y, field_x).
+    """Write kernels to .npz or .zarr, whole or not at all; with `shape` unfolded over (focus, depth, field_y, field_x).
 
-    Beside them `outside`, which points lie outside what was trained on, and `expected_error`, where the model can say.
+    Beside them `outside`, which points lie outside what was trained on, and `expected_error`, where the model can say;
+    not of drawn copies, which are no guess at any one lens.
     """
-    if path.suffix not in (".npz", ".zarr"):
-        raise ConfigError(f"--out {path}: write a name that ends in .npz or .zarr")
-    if path.exists():
-        raise ConfigError(f"--out {path} exists; choose another name")
+    require_new(path)
     trained = model.trained
     array = trained.config.data.array
     down, across = ("by", "bx") if array == "psf_binned" else ("ky", "kx")
     about: dict[str, NDArray[Any]] = {"outside": model.domain.is_outside(points[:, :2], points[:, 2], points[:, 3])}
-    expected = model.expected_error(points[:, :2], points[:, 2], points[:, 3])
+    drawn = kernels.ndim == 5
+    expected = None if drawn else model.expected_error(points[:, :2], points[:, 2], points[:, 3])
     if expected is not None:
-        about["expected_error"] = expected
+        about["expected_error"] = np.where(np.isnan(kernels).any(axis=(1, 2, 3)), np.float32(np.nan), expected)
     coords: dict[str, Any] = {"wavelength": model.wavelength_um, down: model.y_um, across: model.x_um}
     if shape is None:
         dims: tuple[str, ...] = ("point",)
@@ -121,15 +140,14 @@ def write(
         kernels = kernels.reshape(*kernels.shape[:-4], *shape, *kernels.shape[-3:])
         about = {name: values.reshape(shape) for name, values in about.items()}
     of_points = dims
-    if kernels.ndim == len(dims) + 4:
+    if drawn:
         dims = ("copy", *dims)
         coords["copy"] = np.arange(len(kernels))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with landing(path) as temporary:
         if path.suffix == ".npz":
             arrays: dict[str, Any] = {array: kernels, **coords}
             arrays |= {name: values for name, (_, values) in columns.items()} | about
-            np.savez(path, **arrays)
+            np.savez(temporary, **arrays)
             return
         import xarray as xr
 
@@ -141,9 +159,12 @@ def write(
         data[array].attrs = {"units": "1", "run": str(trained.path), "path": "prior mean"}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Consolidated metadata")  # young in zarr format 3
-            data.to_zarr(path, mode="w-", zarr_format=3)
-    except OSError as error:
-        raise FitError(f"{path} cannot be written: {error.strerror}; choose another --out") from None
+            data.to_zarr(temporary, mode="w-", zarr_format=3)
+
+
+def _kernel_bytes(trained: Trained) -> int:
+    side: int = trained.fingerprint["bins" if trained.config.data.array == "psf_binned" else "kernel_px"]
+    return 4 * len(trained.fingerprint["wavelength"]) * side**2
 
 
 def _distances(name: str, text: str | None, trained: tuple[float, float]) -> tuple[float, ...]:

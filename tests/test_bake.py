@@ -276,7 +276,7 @@ def test_a_place_that_cannot_be_written(single: Path, tmp_path: Path) -> None:
     ran = psftrain("bake", single, "--grid", 3, "--out", tmp_path / "file" / "table.zarr")
     assert ran.code == 1
     error = one_line_error(ran)
-    assert f"{tmp_path / 'file' / 'table.zarr'} cannot be made" in error
+    assert f"{tmp_path / 'file' / 'table.zarr'} cannot be written: Not a directory" in error
     assert ".tmp" not in error
 
 
@@ -405,6 +405,20 @@ def test_killed_at_any_moment_there_is_a_whole_table_or_none(run: Path, table: P
     assert False in ends
     assert psftrain(*command).code == 0
     assert np.array_equal(api.open_table(out).kernels, api.open_table(table).kernels)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """It is said, and that the same command begins anew; what a process before had left goes too."""
+    left = tmp_path / f".table.zarr.{'0' * 32}.tmp"
+    left.mkdir()
+    monkeypatch.setattr(ZarrStore, "finalise", lambda store: os.kill(os.getpid(), number))
+    ran = psftrain("bake", run, "--grid", 2, "--out", tmp_path / "table.zarr")
+    assert ran.code == 75
+    assert f"stopped: {number.name}: nothing was written; the same command begins anew" in ran.err
+    assert not list(tmp_path.iterdir())
 
 
 # --- the error of baking ----------------------------------------------------------------------------------------------

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from conftest import contents
 from numpy.typing import NDArray
 from training import fit_quickly, job, make_store, one_line_error, psftrain
 
+from psfgen.errors import ConfigError, RunMismatch
+from psftrain import load
 from psftrain.fit import fit
 from psftrain.predict import PsfModel
 from psftrain.run import Trained, load_run
@@ -361,3 +366,74 @@ def test_a_run_that_is_not_there(tmp_path: Path) -> None:
     ran = psftrain("sample", tmp_path / "none", "--grid", 2, "--out", tmp_path / "a.npz")
     assert ran.code == 2
     assert "does not exist" in one_line_error(ran)
+
+
+def test_places_too_far_for_a_guess(single: Path, tmp_path: Path) -> None:
+    """--outside guesses, but not anything."""
+    points, out = tmp_path / "points.csv", tmp_path / "k.npz"
+    for place, message in (
+        ("1e30,0,inf,2000", "field 1e+30 is too far outside the field trained on"),
+        ("nan,0,inf,2000", "field nan is too far outside"),
+    ):
+        points.write_text(f"{','.join(COLUMNS)}\n{place}\n")
+        assert message in one_line_error(psftrain("sample", single, "--at", points, "--outside", "--out", out))
+    points.write_text(f"{','.join(COLUMNS)}\n2,2,1000,2000\n2,2,0.001,2000\n")
+    assert psftrain("sample", single, "--at", points, "--outside", "--out", out).code == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["sample", "--grid", "1000000", "--out", "k.npz"], "--grid 1000000: the kernels take"),
+        (["bake", "--grid", "1000000", "--out", "t.zarr"], "a table of 1000000 x 1000000 field points"),
+        (["sample", "--grid", "2", "--seed", str(10**23), "--out", "k.npz"], "'--seed'"),
+    ],
+)
+def test_more_than_there_is_room_for(
+    single: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = psftrain(command[0], single, *command[1:])
+    assert ran.code == 2
+    assert message in one_line_error(ran)
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_that_are_none(single: Path) -> None:
+    with pytest.raises(ConfigError, match=r"batch 1\.5: a whole number, at least 1 point"):
+        load(single).psf([0.1, 0.1], batch=1.5)  # type: ignore[arg-type]
+    with pytest.raises(RunMismatch, match="depth 0 mm is too near for a guess"):
+        load(single).psf([0.1, 0.1], depth_mm=0, outside=True)
+    with pytest.raises(ConfigError, match="device foo is unknown"):
+        load(single, device="foo")
+    error = one_line_error(psftrain("fit", "--store", "", "--run", "none"))
+    assert "store '' is empty; name a store" in error
+
+
+# --- whole or not at all ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".zarr"])
+def test_a_sample_appears_whole(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    """Of a full disk and of a signal nothing is left; what exists is refused before anything is computed."""
+    given = ["sample", single, "--grid", 2, "--out", tmp_path / f"kernels{suffix}"]
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def stop(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    for end, code, line in ((full, 1, "No space left on device; nothing is left"), (stop, 75, "nothing was written")):
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "savez", end)
+            patch.setattr(xarray.Dataset, "to_zarr", end)
+            ran = psftrain(*given)
+        assert ran.code == code
+        assert line in ran.err
+        assert not list(tmp_path.iterdir())
+    assert psftrain(*given).code == 0
+    before = contents(tmp_path)
+    monkeypatch.setattr(PsfModel, "psf", lambda *_, **__: pytest.fail("computed in vain"))
+    assert "exists; choose another name" in one_line_error(psftrain(*given))
+    assert contents(tmp_path) == before
