@@ -24,7 +24,7 @@ def judge(expected: Array, errors: Array, floor: Array) -> dict[str, Any]:
     `spearman`, the rank correlation; `median_ratio` of expected to true errors; `n` such points. None where there are
     too few.
     """
-    seen = errors > ABOVE_FLOOR * floor
+    seen = (errors > ABOVE_FLOOR * floor) & np.isfinite(expected)
     if seen.sum() < FEWEST:
         return {"n": int(seen.sum()), "spearman": None, "median_ratio": None}
     return {
@@ -35,6 +35,11 @@ def judge(expected: Array, errors: Array, floor: Array) -> dict[str, Any]:
 
 
 def reliability(expected: Array, errors: Array) -> tuple[Array, Array]:
-    """Points in groups of like expectation: the mean expected and the mean true error [groups] of each."""
+    """Points in groups of like expectation: the mean expected and the mean true error [groups] of each.
+
+    Points of which nothing is expected (NaN) are left out.
+    """
+    told = np.isfinite(expected)
+    expected, errors = expected[told], errors[told]
     groups = [group for group in np.array_split(np.argsort(expected), GROUPS) if len(group)]
     return np.array([expected[g].mean() for g in groups]), np.array([errors[g].mean() for g in groups])

@@ -72,8 +72,19 @@ def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
         reason = " ".join(str(error).split())[:120]
         raise RunMismatch(f"checkpoint {path} cannot be read ({reason})") from None
     if not isinstance(state, dict) or not {"model", "step", "config", "fingerprint", "ended"} <= state.keys():
-        raise RunMismatch(f"checkpoint {path} is not one of psftrain's, or of an older version; train the run anew")
+        raise RunMismatch(f"checkpoint {path} is not one of psftrain's, or of an older version")
     return state
+
+
+def load_best(run: Path) -> dict[str, Any]:
+    """Read the checkpoint that a run is judged by. Raises RunMismatch, with the way out, where it cannot be."""
+    path = run / "checkpoints" / "best.pt"
+    if not path.exists():
+        raise RunMismatch(f"checkpoint {path} does not exist; fit the run to its end, or delete {run} and fit it anew")
+    try:
+        return load(path)
+    except RunMismatch as error:
+        raise RunMismatch(f"{error}; delete {run} and fit it anew") from None
 
 
 def newest(run: Path) -> dict[str, Any] | None:
@@ -87,7 +98,7 @@ def newest(run: Path) -> dict[str, Any] | None:
             return load(path_of(run, step))
         except RunMismatch as error:
             if step == found[0]:
-                raise
+                raise RunMismatch(f"{error}; delete {run} and fit it anew") from None
             log.warning("%s; the one before is used", error)
     return None
 

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from psfgen import __version__
-from psfgen.errors import ConfigError, report
+from psfgen.errors import ConfigError, ended_by_signals, report
 
 if TYPE_CHECKING:
     from psftrain.fit import Fitted
 
 Command = Callable[..., Any]
+
+NOTHING = "nothing was written; the same command begins anew"  # of work that a signal ends
 
 
 def main() -> None:
@@ -98,7 +100,7 @@ def fit(
     done = train(job, resume=not no_resume)
     if not _first():
         return 0
-    scores = ", ".join(f"{name} {done.metrics[name]:.4g}" for name in SHOWN if name in done.metrics)
+    scores = ", ".join(f"{name} {done.metrics[name]:.4g}" for name in SHOWN if done.metrics.get(name) is not None)
     text = f"{done.run}: {_worked(done)}" + (f"; {scores}" if scores else "")
     text += f"\nwatch it: tensorboard --logdir {done.run}/tb; judge it: psftrain eval {done.run} --store HELDOUT"
     paths = {"run": str(done.run), "best": str(done.run / "checkpoints" / "best.pt")}
@@ -139,7 +141,7 @@ def evaluate(
 
     trained = runs.load_run(Path(run) if run else runs.newest())
     found = score(trained, store, baselines=not no_baselines)
-    advice = heldout_command(open_store(trained.config.store[0]), trained.path)
+    advice = heldout_command(open_store(runs.stores_of(trained)[0]), trained.path)
     paths = reports.write(found, Path(out) if out else trained.path / "eval", advice)
     if as_json:
         click.echo(json_text({**found.report, "command": "eval", "ok": True, "paths": _texts(paths)}))
@@ -158,7 +160,7 @@ def evaluate(
 @click.option("--wavelength", metavar="L", help="Wavelengths in um, also between those trained on. [the trained ones]")
 @click.option("--outside", is_flag=True, help="Guess also outside what was trained on; such points are flagged.")
 @click.option("--prior", "copies", type=int, metavar="M", help="M plausible copies of the lens, drawn from the prior.")
-@click.option("--seed", type=int, default=0, help="Draws the copies. [0]")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Draws the copies. [0]")
 @click.option("--out", metavar="FILE", required=True, help="A .npz file or a .zarr folder.")
 @common
 def sample(
@@ -183,17 +185,19 @@ def sample(
         raise ConfigError("give either --grid N or --at CSV")
     if at is not None and (depth or focus):
         raise ConfigError("--at brings its own depth_mm and focus_mm; leave out --depth and --focus")
+    sampling.require_new(Path(out))
     trained = load_run(Path(run))
     if at is not None:
         points, shape = sampling.csv_points(at), None
     else:
-        points, shape = sampling.grid_points(trained, grid or 0, depth, focus)
+        points, shape = sampling.grid_points(trained, grid or 0, depth, focus, copies or 1)
     model = sampling.model_for(trained, wavelength)
-    if copies is None:
-        kernels = sampling.sample(model, points, outside=outside)
-    else:
-        kernels = sampling.draw(model, points, copies, seed)
-    sampling.write(Path(out), model, kernels, points, shape)
+    with ended_by_signals(NOTHING):
+        if copies is None:
+            kernels = sampling.sample(model, points, outside=outside)
+        else:
+            kernels = sampling.draw(model, points, copies, seed, outside=outside)
+        sampling.write(Path(out), model, kernels, points, shape)
     _answer("sample", {"paths": {"out": out}, "kernels": len(points)}, f"{out}: {len(points)} points", as_json)
     return 0
 
@@ -213,7 +217,8 @@ def adapt(run: str, store: str, copy: int | None, out: str | None, verbose: bool
     from psftrain.run import load_run
 
     folder = Path(out) if out else Path(f"{run.rstrip('/')}-adapted")
-    done = infer(load_run(Path(run)), store, copy, folder)
+    with ended_by_signals(NOTHING):
+        done = infer(load_run(Path(run)), store, copy, folder)
     text = (
         f"{done.run}: adapted to {done.kernels} kernels of {store}; at these the error fell from "
         f"{done.error_before:.1%} to {done.error:.1%}, over the field {done.expected_before:.1%} is expected of the "
@@ -304,7 +309,8 @@ def bake(
 
     model = load(run)
     held = heldout(model, store) if store else None
-    table = write(model, grid, depth, focus, out or Path(run) / "table.zarr")
+    with ended_by_signals(NOTHING):
+        table = write(model, grid, depth, focus, out or Path(run) / "table.zarr")
     judged = judge(model, Table(table), held) if held else None
     nodes = dict(zip(("focus", "depth", "field_y", "field_x"), Lattice(table.coords).shape, strict=True))
     error = table.attrs["bake"]["error"]

@@ -163,6 +163,8 @@ def open_stores(paths: Sequence[str], array: str) -> list[Store]:
 
     Raises ConfigError for a store given twice, RunMismatch for kernels that cannot be compared.
     """
+    if "" in paths:
+        raise ConfigError("store '' is empty; name a store, such as psfs.zarr")
     stores = [open_store(path) for path in paths]
     expected = _common(stores[0], array)
     plans = [store.attrs["plan_sha256"] for store in stores]

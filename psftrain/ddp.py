@@ -31,7 +31,10 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     count = torch.cuda.device_count()
     if name == "auto":
         name = "cuda" if count else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device {name} is unknown; known: cpu, cuda, cuda:1, auto") from None
     if device.type == "cuda":
         number = local_rank if device.index is None else device.index
         if number >= count:

@@ -114,7 +114,8 @@ class _Choice:
         }
         self.truth = self._asked(self.field[:, None])[:, 0]
         expected = model.expected_error(self.field, *map(_mm, self.dioptre.values()))
-        self.goal = UNTOLD if expected is None else GOAL * float(np.nanmean(expected))
+        told = None if expected is None else expected[np.isfinite(expected)]
+        self.goal = UNTOLD if told is None or not told.size else GOAL * float(told.mean())
 
     def nodes(self, cells: _Cells) -> Nodes:
         """What some cells come to."""
@@ -142,7 +143,9 @@ class _Choice:
             at, weight = _corners(known, self.dioptre[axis])
             found = self._asked(np.repeat(self.field[:, None], 2, axis=1), **{axis: at})
         blended = np.einsum("nc,ncwyx->nwyx", weight, found)
-        return float(np.nanmean(rel_l2(blended, self.truth)))
+        errors = rel_l2(blended, self.truth)
+        errors = errors[np.isfinite(errors)]  # some places, or what lies about them, may be dark
+        return float(errors.mean()) if errors.size else 0.0
 
     def _asked(self, field: Array, **dioptre: Array) -> NDArray[np.float32]:
         """Kernels [N, C, W, y, x] at fields [N, C, 2], and other dioptres [N, C] than those of the places."""

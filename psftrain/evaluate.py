@@ -24,7 +24,7 @@ from psftrain.losses import ACTIVE_NATS, kl_per_dim
 from psftrain.models.solved import SolvedCVAE
 from psftrain.regression import regress
 from psftrain.rows import Predict, classical_rows, kept_distances, model_rows, predict_all, regression_row
-from psftrain.run import Trained
+from psftrain.run import Trained, stores_of
 from psftrain.tracing import Traced, trace
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class _Task:
     def of(cls, trained: Trained, held_out: str | None) -> _Task:
         """Read both. Raises RunMismatch where they do not fit the run."""
         array = trained.config.data.array
-        train_stores = open_stores(trained.config.store, array)
+        train_stores = open_stores(stores_of(trained), array)
         for store in train_stores:
             require_same(trained.fingerprint, fingerprint([store], array), f"training store {store.path}")
         everything = read_examples(train_stores, trained.conditioning, array)
@@ -168,7 +168,7 @@ def _score(trained: Trained, task: _Task, rows: dict[str, Predict]) -> _Scores:
     """Ask every row for every point. Raises RunMismatch where there is no point that all can answer."""
     slices = [numbers[numbers >= 0].numpy() for numbers in task.held.slices]
     predictions, ms_per_psf = predict_all(rows, task.held, [numbers for numbers in slices if len(numbers)])
-    scored = np.all([np.isfinite(found[:, 0, 0, 0]) for found in predictions.values()], axis=0)
+    scored = np.all([np.isfinite(found[:, :, 0, 0]).all(axis=1) for found in predictions.values()], axis=0)
     if task.unseen:  # points that a held-out store shares with a training store would flatter every row
         scored &= ~heldout.trained_on(task.train_stores, task.held_stores, task.held)
     if not scored.any():
@@ -194,10 +194,12 @@ def _row(kernels: Array, truth: Array, sample_px: float, ms_per_psf: float) -> d
 
 
 def _expected(trained: Trained, task: _Task, scores: _Scores) -> Array | None:
-    """The errors [n] that the model expects of itself, the noise of the truth added; None where it does not say."""
+    """The errors [n] that the model expects of itself, the noise of the truth added; None where it says nothing."""
     with torch.no_grad():
         found = trained.model.expected_error(task.held.condition[torch.from_numpy(scores.scored)])
-    return None if found is None else np.hypot(found.double().numpy(), scores.errors["noise_floor"])
+    if found is None or not found.isfinite().any():
+        return None
+    return np.asarray(np.hypot(found.double().numpy(), scores.errors["noise_floor"]))
 
 
 def _add_trace(task: _Task, scores: _Scores, baselines: bool) -> str | None:

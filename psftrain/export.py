@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from psfgen import __version__
-from psfgen.errors import ConfigError, FitError, nearest
+from psfgen.errors import ConfigError, FitError, RunMismatch, nearest
 from psfgen.store.schema import json_text, plain
 from psftrain.conditioning import conditioning_document
+from psftrain.models.solved import SolvedCVAE
 from psftrain.predict import PsfModel
 from psftrain.run import DOCUMENT, WEIGHTS, Trained, trained_from
 
@@ -56,9 +57,13 @@ def export(trained: Trained, formats: Iterable[str], out: Path) -> Exported:
     """Write a model in some formats (default: all) and its config.json into a folder; a former export is replaced.
 
     What was written is read again and asked at random places first. Raises ConfigError for an unknown format and
-    for one whose packages are not installed, FitError where it answers otherwise than the model, or where `out`
-    cannot be written.
+    for one whose packages are not installed, RunMismatch for a run that holds no model, FitError where it answers
+    otherwise than the model, or where `out` cannot be written.
     """
+    if isinstance(trained.model, SolvedCVAE) and not trained.model.solved:
+        raise RunMismatch(
+            f"run {trained.path} was checked, not solved (steps 0): it holds no model to export; fit another --run"
+        )
     chosen = {name: _format(name) for name in formats or FORMATS}
     model = PsfModel(trained)
     document = describe(model)
@@ -69,7 +74,7 @@ def export(trained: Trained, formats: Iterable[str], out: Path) -> Exported:
         truth = model.network(*places).numpy()
         for name, form in chosen.items():
             data = form.write(model)
-            differences[name] = float(np.abs(form.read(data, document)(places) - truth).max())
+            differences[name] = _difference(form.read(data, document)(places), truth)
             if not differences[name] <= TOLERANCE:
                 raise FitError(
                     f"{form.name} differs from the model of {trained.path} by {differences[name]:.2g}, more than "
@@ -77,6 +82,15 @@ def export(trained: Trained, formats: Iterable[str], out: Path) -> Exported:
                 )
             files[name] = (form.name, data)
     return Exported({name: _land(out / file, data) for name, (file, data) in files.items()}, differences)
+
+
+def _difference(found: NDArray[np.float32], truth: NDArray[np.float32]) -> float:
+    """By how much kernels differ at most; inf where others are dark (NaN), NaN where there are none."""
+    if np.isnan(truth).all():
+        return np.nan
+    if not np.array_equal(np.isnan(found), np.isnan(truth)):
+        return np.inf
+    return float(np.nan_to_num(np.abs(found - truth), nan=0.0).max())
 
 
 def describe(model: PsfModel) -> dict[str, Any]:
@@ -111,7 +125,8 @@ def describe(model: PsfModel) -> dict[str, Any]:
             "name": "kernels",
             "shape": ["N", len(model.wavelength_um), len(model.y_um), len(model.x_um)],
             "dims": ["N", "wavelength", down, across],
-            "meaning": "each channel is non-negative and sums to 1; upright, centred on the chief ray of reference_um",
+            "meaning": "each channel is non-negative and sums to 1, or is NaN in the dark; upright, centred on the "
+            "chief ray of reference_um",
             "wavelength_um": model.wavelength_um,
             "reference_um": trained.fingerprint["reference_um"],
             "pitch_um": model.pitch_um,

@@ -44,11 +44,15 @@ class Nodes:
 
 
 def kernels_of(model: PsfModel, field: Array, depth_mm: Array, focus_mm: Array) -> NDArray[np.float32]:
-    """A model's kernels. Raises FitError where it gives no numbers."""
+    """A model's kernels, NaN where they are dark. Raises FitError where it gives no numbers."""
     found = model.psf(field, depth_mm, focus_mm)
-    if not np.isfinite(found).all():
-        raise FitError(f"the model of {model.trained.path} gives no numbers; nothing was written")
+    if not np.isfinite(found[~np.isnan(found).all(axis=(-2, -1))]).all():
+        raise _no_numbers(model)
     return found
+
+
+def _no_numbers(model: PsfModel) -> FitError:
+    return FitError(f"the model of {model.trained.path} gives no numbers; nothing was written")
 
 
 def baking_error(nodes: Nodes, bar: Any) -> dict[str, Any]:
@@ -76,16 +80,19 @@ def compared(lattice: Lattice) -> int:
 def _errors(nodes: Nodes, field: Array, depth_mm: Array, focus_mm: Array, bar: Any) -> Array:
     """Relative L2 between table and model at the places that have light."""
     lattice, model = Lattice(nodes.coords), nodes.model
-    errors = np.empty(len(field))
+    errors, answered = np.empty(len(field)), False
     stack_bytes = 4 * len(model.wavelength_um) * len(model.x_um) ** 2
     for some in parts(len(field), max(1, AT_ONCE // (16 * stack_bytes))):
         truth = kernels_of(model, field[some], depth_mm[some], focus_mm[some])
+        answered |= not np.isnan(truth).all()
         index, weight = lattice.corners(field[some], depth_mm[some], focus_mm[some])
         needed, where = np.unique(index, return_inverse=True)
         known = nodes.kernels(*np.unravel_index(needed, lattice.shape))
         found = blend(known.reshape(len(needed), -1), where.reshape(index.shape), weight)
         errors[some] = rel_l2(found.reshape(truth.shape), truth)
         bar.update(len(truth))
+    if not answered:
+        raise _no_numbers(model)
     errors = errors[np.isfinite(errors)]
     if not errors.size:
         raise FitError("no cell of the table has light at all its corners; give a larger --grid")

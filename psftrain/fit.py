@@ -16,7 +16,7 @@ import yaml
 from psfgen.errors import STOP_SIGNALS, ConfigError, FitError, Preempted, RunMismatch, progress, stop_signals
 from psfgen.store import Store
 from psfgen.store.schema import plain
-from psftrain import advice, schedules, solving
+from psftrain import advice, checkpoint, schedules, solving
 from psftrain import run as runs
 from psftrain.board import Board, Silent
 from psftrain.clock import Clock
@@ -61,7 +61,7 @@ def fit(config: FitConfig, *, resume: bool = True) -> Fitted:
             ranks.from_first(lambda: held.enter_context(runs.claimed(run)))
             state = ranks.from_first(lambda: runs.last_state(run, config, task.identity, resume=resume))
             if state is not None and (state["step"] >= config.steps or state["ended"]):
-                done = ranks.from_first(lambda: runs.finish(run, state["step"]))
+                done = ranks.from_first(lambda: _finished(run, state["step"]))
                 return Fitted(run, state["step"], done, 0.0, solved)
             if solved:
                 with _memory(torch.device("cpu"), "train on a store of fewer kernels"):
@@ -132,6 +132,12 @@ def _require_batches(config: FitConfig, train: Places, ranks: Ranks) -> None:
             f"process{'es' * (ranks.world > 1)} x accumulate {config.accumulate}); "
             f"--set batch={max(1, config.batch // parts) * parts}"
         )
+
+
+def _finished(run: Path, step: int) -> dict[str, float]:
+    """What a run that has come to its end has logged last. Raises RunMismatch where its model cannot be read."""
+    checkpoint.load_best(run)
+    return runs.finish(run, step)
 
 
 def _solve(config: FitConfig, run: Path, task: _Task, stopped: list[str]) -> tuple[int, dict[str, float], float]:

@@ -16,6 +16,9 @@ from psfgen.errors import ConfigError, RunMismatch
 
 Array = NDArray[np.float64]
 
+FAR = 10  # times the field: beyond, nobody guesses
+NEAREST_MM = 1e-3
+
 
 @dataclass(frozen=True)
 class Domain:
@@ -61,9 +64,10 @@ class Domain:
             given = ", ".join(str(list(values.shape)) for values in (xy, *distances_mm))
             raise ConfigError(f"field, depth_mm and focus_mm of the shapes {given} do not go together") from None
         found = [np.broadcast_to(xy, (*shape, 2)), *(np.broadcast_to(values, shape) for values in distances_mm)]
-        if outside:
-            return found
         reach = np.abs(xy).max(initial=0.0)
+        if outside:
+            self._require_guessable(reach, distances_mm)
+            return found
         if not reach <= self.field_max * (1 + 1e-6):
             raise RunMismatch(f"field {reach:g} is outside the field {self.made}, up to {self.field_max:g}")
         with np.errstate(divide="ignore"):
@@ -93,6 +97,17 @@ class Domain:
                     f"{self.what}: {name} {_mm(outside[0])} is outside the range {self.made}, "
                     f"{_mm(high)} to {_mm(low)}; {self.way_out}"
                 )
+
+    def _require_guessable(self, reach: float, distances_mm: list[Array]) -> None:
+        """Raise RunMismatch where a place is so far outside that nothing can be computed."""
+        if not reach <= FAR * self.field_max:
+            raise RunMismatch(
+                f"field {reach:g} is too far outside the field {self.made}, up to {self.field_max:g}, for a guess; "
+                f"give at most {FAR * self.field_max:g}"
+            )
+        for name, values in zip(("depth", "focus"), distances_mm, strict=True):
+            if not (values >= NEAREST_MM).all():
+                raise RunMismatch(f"{name} {values.min():g} mm is too near for a guess; give at least {NEAREST_MM} mm")
 
     def _only(self, name: str, known_mm: tuple[float, float]) -> float:
         near, far = known_mm

@@ -130,8 +130,8 @@ class PsfModel:
         shape, count = xy.shape[:-1], xy[..., 0].size
         kernel = (len(self.wavelength_um), len(self.y_um), len(self.x_um))
         size = max(1, BATCH_BINS // (kernel[1] * kernel[2])) if batch is None else batch
-        if size < 1:
-            raise ConfigError(f"batch {batch}: at least 1 point at a time")
+        if not isinstance(size, (int, np.integer)) or size < 1:
+            raise ConfigError(f"batch {batch}: a whole number, at least 1 point at a time")
         flat = [xy.reshape(count, 2), *(values.reshape(count) for values in distances_mm)]
         places = [torch.tensor(values, device=self.device) for values in flat]
         found = np.empty((count, *kernel), dtype=np.float32)

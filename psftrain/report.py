@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from psfgen.errors import FitError
 from psfgen.store.colour import channels_to_rgb, stretch
@@ -255,8 +256,16 @@ def _reliability(evaluation: Evaluation) -> Figure:
     axes.scatter(100 * expected, 100 * errors, s=4, color="0.7", label="points")
     means = [100 * mean for mean in reliability(expected, errors)]
     axes.plot(*means, "o-", color="tab:blue", label="means of groups")
-    ends = [100 * min(expected.min(), errors.min()), 100 * max(expected.max(), errors.max())]
-    axes.plot(ends, ends, "k--", linewidth=1, label="as expected")
-    axes.set(xscale="log", yscale="log", xlabel="expected error (%)", ylabel="true error (%)")
+    seen = np.concatenate([expected, errors])
+    seen = 100 * seen[np.isfinite(seen) & (seen > 0)]
+    if seen.size:
+        ends = [seen.min(), seen.max()]
+        axes.plot(ends, ends, "k--", linewidth=1, label="as expected")
+        axes.set(xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FormatStrFormatter("%g"))
+            axis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="expected error (%)", ylabel="true error (%)")
     axes.legend()
     return figure

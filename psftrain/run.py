@@ -62,6 +62,9 @@ def last_state(run: Path, config: FitConfig, identity: dict[str, Any], *, resume
         return None
     if not (run / "config.yaml").exists():
         raise RunMismatch(f"{run} is not empty and holds no run; choose another --run")
+    with suppress(OSError, ValueError, TypeError):  # it is read again below
+        if "adapted_from" in json.loads((run / "run.json").read_text(encoding="utf-8")):
+            raise RunMismatch(f"{run} is what `psftrain adapt` wrote, not a run to go on with; choose another --run")
     if not resume:
         raise RunMismatch(f"{run} holds a run already; choose another --run, or leave out --no-resume to go on")
     wanted = _flat(plain(config.model_dump()))
@@ -188,6 +191,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
+def stores_of(trained: Trained) -> list[str]:
+    """The stores of the specimens that a run answers for: those trained on, or that of the copy it was adapted to."""
+    facts = trained.path / "run.json"
+    adapted: str | None = read_json(facts).get("adapted_to") if facts.exists() else None
+    return [adapted] if adapted else list(trained.config.store)
+
+
 def newest(folder: Path = Path("runs")) -> Path:
     """The run trained last. Raises RunMismatch where there is none."""
     runs = [path.parent for path in folder.glob("*/config.yaml") if (path.parent / "checkpoints").is_dir()]
@@ -244,7 +254,7 @@ def load_run(run: Path) -> Trained:
         raise RunMismatch(f"run {run} does not exist; `psftrain fit --run {run}` makes one")
     if not best.exists() and not (run / "config.yaml").exists():
         raise RunMismatch(f"{run} is no run of psftrain and no export of one")
-    state = checkpoint.load(best)
+    state = checkpoint.load_best(run)
     try:
         return trained_from(run, state, state.get("ema") or state["model"])
     except (KeyError, TypeError, ValueError) as error:
@@ -261,7 +271,12 @@ def trained_from(path: Path, document: dict[str, Any], weights: dict[str, Tensor
     model = model_class(config.model.name)(config.model, shape, conditioning)
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:
+        if isinstance(model, SolvedCVAE):  # whose tensors are of any shape until they are used
+            one = torch.zeros(1, 4)
+            with torch.no_grad():
+                model.decode(model.prior(one).mean, one)
+                model.expected_error(one)
+    except (RuntimeError, AttributeError, IndexError) as error:
         raise RunMismatch(
             f"checkpoint of {path} does not fit its config ({' '.join(str(error).split())[:120]})"
         ) from None

@@ -72,6 +72,9 @@ def state(run: Path, log: Log) -> dict[str, Any]:
         "examples": facts.get("examples"),
         "masked": facts.get("masked"),
         "stores": config.get("store", []),
+        "adapted_from": facts.get("adapted_from"),
+        "adapted_to": facts.get("adapted_to"),
+        "kernels": facts.get("kernels"),
         "goes_on_with": _command(run, config),
         "validation": _validation(config),
         "best": None if chosen is None else {"step": chosen[0], JUDGE: chosen[1]},
@@ -87,6 +90,9 @@ def title(state: dict[str, Any]) -> str:
 
 def as_text(state: dict[str, Any], curves: Path | None) -> str:
     """What `psftrain show` prints."""
+    if state["adapted_to"]:
+        kernels = f"{state['kernels']} kernels of {state['adapted_to']}"
+        return f"{state['run']}: one copy, adapted from {state['adapted_from']} to {kernels}"
     run, best, solved = state["run"], state["best"], state["solved"]
     none = "none" if solved else "none: the best checkpoint is the last"
     masked = f", {state['masked']:,} places without light" if state["masked"] else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from training import (
     make_store,
     one_line_error,
     psftrain,
+    rewrite_model,
     solve_quickly,
     task,
 )
@@ -546,3 +548,56 @@ def test_it_beats_the_mean_kernel_by_far(several: Path, tmp_path: Path, where: s
     error = metrics.rel_l2(found, held.kernels.numpy()).mean()
     mean = np.broadcast_to(train.kernels.mean(dim=0).numpy(), held.kernels.shape)
     assert error < 0.25 * metrics.rel_l2(mean, held.kernels.numpy()).mean()
+
+
+# --- runs that hold no model ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:999]), Path.unlink])
+def test_a_damaged_model(run: Path, store: Path, tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    """Every command names the way out; fit does not say that all is done."""
+    broken = tmp_path / "fit"
+    shutil.copytree(run, broken)
+    damage(broken / "checkpoints" / "best.pt")
+    for command in (["sample", broken, "--grid", 2, "--out", tmp_path / "k.npz"], words(store, broken)):
+        error = one_line_error(psftrain(*command))
+        assert "best.pt" in error
+        assert f"delete {broken} and fit it anew" in error
+
+
+@pytest.mark.parametrize("name", ["coefficients", "weights", "left_out"])
+def test_weights_that_do_not_fit(run: Path, tmp_path: Path, name: str) -> None:
+    broken = tmp_path / "fit"
+    shutil.copytree(run, broken)
+
+    def spoil(weights: dict[str, torch.Tensor]) -> None:
+        if name == "coefficients":
+            del weights[name]
+        else:
+            weights[name] = torch.zeros(7, 2, 3)
+
+    rewrite_model(broken, spoil)
+    error = one_line_error(psftrain("sample", broken, "--grid", 2, "--out", tmp_path / "k.npz"))
+    assert f"checkpoint of {broken} does not fit its config" in error
+
+
+def test_a_run_that_was_only_checked(store: Path, tmp_path: Path) -> None:
+    """It holds no model to export, and knows no wavelengths."""
+    checked = tmp_path / "checked"
+    assert psftrain(*words(store, checked, "steps=0")).code == 0
+    assert "was checked, not solved (steps 0)" in one_line_error(psftrain("export", checked))
+    given = ["sample", checked, "--grid", 2, "--wavelength", "0.55", "--out", tmp_path / "k.npz"]
+    assert "was checked, not solved (steps 0)" in one_line_error(psftrain(*given))
+    assert not (checked / "export").exists()
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_points_on_one_ring(tmp_path: Path) -> None:
+    """Of 2 x 2 none can be left out: nothing is corrected or expected, and that is no fault."""
+    few, path = small(tmp_path / "few.zarr", grid=2, dark=[]), tmp_path / "fit"
+    for _ in range(2):
+        ran = psftrain(*words(few, path))
+        assert ran.code == 0
+        assert "left_out" not in ran.out
+    assert load_run(path).model.expected_error(torch.zeros(1, 4)) is None
+    assert psftrain("eval", path, "--no-baselines").code == 0

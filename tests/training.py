@@ -31,7 +31,7 @@ from psftrain.conditioning import Conditioning, conditioning_of
 from psftrain.config import FitConfig, load_fit_config
 from psftrain.data import Examples, read_examples
 from psftrain.fit import fit
-from psftrain.models import MODELS, canonical
+from psftrain.models import MODELS, canonical, expected
 from psftrain.models.base import CVAE, Gaussian
 from psftrain.models.neural import NeuralCVAE
 from psftrain.raymap import copies, distances, search
@@ -320,7 +320,8 @@ def solve_quickly(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(search, "STARTS", (few,))
     patch.setattr(copies, "COARSE", few.reach)
     patch.setattr(copies, "ALONE", ((8, 64, 5),))
-    patch.setattr(copies, "TOGETHER", (copies.Round(finest, 8, 128),))
+    patch.setattr(expected, "CASES", 6)
+    patch.setattr(copies, "TOGETHER", (copies.Round(finest, 8, 128, 2),))
     for name in ("MOVED", "FREED", "SHARPER", "LAST"):
         patch.setattr(distances, name, replace(few, keep=1))
     patch.setattr(search, "FINEST", finest)

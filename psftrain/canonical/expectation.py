@@ -62,8 +62,9 @@ def ignorance_left_out(precision: Array, groups: NDArray[np.int64]) -> Array:
 
 
 def disagreement(one: Array, other: Array) -> Array:
-    """|A - B| / |A| of each kernel [M, D]."""
-    return np.asarray(np.linalg.norm(one - other, axis=1) / np.linalg.norm(one, axis=1))
+    """|A - B| / |A| of each kernel [M, D]; 1 where A is dark."""
+    size = np.linalg.norm(one, axis=1)
+    return np.asarray(np.divide(np.linalg.norm(one - other, axis=1), size, out=np.ones_like(size), where=size > 0))
 
 
 def _units(ignorance: Array, disagreement: Array) -> Array:

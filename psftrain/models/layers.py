@@ -59,12 +59,17 @@ def hats(at: Tensor, knots: Tensor) -> Tensor:
     return torch.minimum(rising, falling).clamp(0, 1)
 
 
+def lit(kernels: Tensor, light: Tensor) -> Tensor:
+    """Kernels [..., y, x], NaN where less than half of one has any `light` [...] to it, as dark ones are in stores."""
+    return torch.where((light > 0.5)[..., None, None], kernels, torch.nan)
+
+
 def on_the_simplex(kernels: Tensor) -> Tensor:
     """The nearest kernels [..., y, x] that are non-negative and sum to 1 (Duchi et al., ICML 2008)."""
     flat = kernels.flatten(-2)
     falling = flat.sort(dim=-1, descending=True).values
     excess = falling.cumsum(dim=-1) - 1
     count = torch.arange(1, flat.shape[-1] + 1, device=flat.device)
-    kept = (falling * count > excess).sum(dim=-1, keepdim=True)
+    kept = (falling * count > excess).sum(dim=-1, keepdim=True).clamp_min(1)  # 0 of NaN
     level = excess.gather(-1, kept - 1) / kept
     return (flat - level).clamp_min(0).view_as(kernels)
