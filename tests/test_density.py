@@ -38,10 +38,7 @@ class Known(PsfModel):
     """
 
     expects: float | None = None
-
-    @staticmethod
-    def share(field: Array, depth: Array, focus: Array) -> Array:
-        raise NotImplementedError
+    share: Any
 
     def psf(self, field: Any, depth_mm: Any = None, focus_mm: Any = None, **_: Any) -> NDArray[np.float32]:
         xy, depth, focus = self.domain.places(field, depth_mm, focus_mm)
