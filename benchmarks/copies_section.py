@@ -97,10 +97,10 @@ def _calibration_of_copies(sets: list[dict[str, Any]]) -> list[str]:
                 missed.append(f"{title(one['set'])}, {kernels} ({', '.join(told)})")
     state = f"MISSED for {', '.join(missed)}" if missed else "held for every set"
     return [
-        "As above. With no kernel measured the model answers with the mean copy, and expects what copies differ by. What "
-        "the expectation is made of was chosen with the copies of the first set in view, so its rank there flatters. The "
-        "rows over several numbers of kernels were added after nine alone had missed: they are high because errors differ "
-        "much from number to number.",
+        "As above. With no kernel measured the model answers with the mean copy, and expects what copies differ by. "
+        "What the expectation is made of was chosen with the copies of the first set in view, so its rank there "
+        "flatters. The rows over several numbers of kernels were added after nine alone had missed: they are high "
+        "because errors differ much from number to number.",
         "",
         *table_of(["copies", "kernels measured", "points", "rank correlation", "median ratio"], rows),
         "",
