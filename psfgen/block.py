@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from psfgen import __version__
 from psfgen.bands import Cut, cut
 from psfgen.blur import Blur
+from psfgen.config import DIFFRACTED
 from psfgen.engines import Aim, Engine
 from psfgen.errors import PsfError, RenderError
 from psfgen.mirrors import fold, unfold
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 PACKAGES = ("deeplens-core", "torch", "numba", "numpy", "zarr", "h5py")
 MOST_AIMED = 128  # field points whose chief rays are solved together: fewer would waste time, more memory
 BEAT_S = 30.0  # how often a block that is being rendered says so
-PER_FOCUS = ("captured", "noise", "noise_binned")
+PER_FOCUS = ("captured", "noise", "noise_binned", "model")
 
 
 def render_block(
@@ -97,10 +98,11 @@ class Block:
         row, column = np.divmod(np.arange(points), self.columns)
         self.field_xy = np.stack([coords["field_x"][column], coords["field_y"][row]], axis=-1)
         lens = engine.lens
+        self.per_focus = [name for name in PER_FOCUS if name in self.spec.arrays]
         self.folding = fold(coords["field_x"], coords["field_y"], lens.sensor_mm, symmetric=engine.symmetric)
         self.small: dict[str, NDArray[Any]] = {
             "throughput": np.empty((points, waves), np.float32),
-            **{name: np.empty((focuses, points, waves), np.float32) for name in PER_FOCUS},
+            **{name: np.empty((focuses, points, waves), np.float32) for name in self.per_focus},
             "chief_x_mm": np.empty((focuses, points)),
             "chief_y_mm": np.empty((focuses, points)),
         }
@@ -211,16 +213,21 @@ class Block:
         unfold(kernels.psf, source, swap, flip_x, flip_y, slots, psf)
         unfold(kernels.psf_binned, source, swap, flip_x, flip_y, slots, binned)
         self.small["throughput"][here] = found.throughput[source]
-        for name, values in (
-            ("captured", found.captured),
-            ("noise", kernels.noise),
-            ("noise_binned", kernels.noise_binned),
-        ):
-            self.small[name][focuses, here] = values[source].swapaxes(0, 1)
+        values: dict[str, Any] = {
+            "captured": found.captured,
+            "noise": kernels.noise if found.floor is None else np.hypot(kernels.noise, found.floor),
+            "noise_binned": kernels.noise_binned
+            if found.floor is None
+            else np.hypot(kernels.noise_binned, found.floor),
+            "model": found.model,
+        }
+        for name in self.per_focus:
+            self.small[name][focuses, here] = values[name][source].swapaxes(0, 1)
         chief = np.where(swap[:, None, None], found.chief_mm[source][..., ::-1], found.chief_mm[source])
         self.small["chief_x_mm"][focuses, here] = np.where(flip_x[:, None], -chief[..., 0], chief[..., 0]).T
         self.small["chief_y_mm"][focuses, here] = np.where(flip_y[:, None], -chief[..., 1], chief[..., 1]).T
-        self.blur.count(kernels.rms_px[source], focuses)
+        if config.engine not in DIFFRACTED:
+            self.blur.count(kernels.rms_px[source], focuses)
         return found.rays, len(here) * kernels.noise[0].size
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,20 @@ if TYPE_CHECKING:
     from psfgen.store import Store
 
 Command = Callable[..., Any]
+WAVEFRONT_OPTIONS: dict[str, str | None] = {  # those of `render` that `wavefront` has too, and their help
+    "--lens": None,
+    "--grid": "Field points a side. [5]",
+    "--layout": None,
+    "--field-max": None,
+    "--sensor-mm": None,
+    "--fnum": None,
+    "--depth": "Object distances: inf, 2m, 0.4m:20m:8 ... [inf]",
+    "--focus": "Focus distances, written likewise. [inf]",
+    "--wavelength": None,
+    "--reference-um": None,
+    "--perturb": None,
+    "--seed": "Draws layout random. [0]",
+}
 FILES = {"perturb": list, "tolerances": dict}  # options that name a YAML file, and what it holds
 
 
@@ -55,8 +70,8 @@ def common(command: Command) -> Command:
     )
 
 
-def config_options(command: Command) -> Command:
-    """`render`'s options: each is the config key of the same name."""
+def config_options(command: Command, shown: dict[str, str | None] | None = None) -> Command:
+    """`render`'s options: each is the config key of the same name. Of `shown`, if given, alone, with its help."""
     for flag, kwargs in reversed(
         [
             ("--lens", {"metavar": "NAME|FILE", "help": "A name from `psfgen lenses`, or a .json, .zmx or .seq file."}),
@@ -74,7 +89,9 @@ def config_options(command: Command) -> Command:
             ("--kernel-px", {"type": int, "help": "Samples a side of a kernel. [64]"}),
             ("--bins", {"type": int, "help": "Bins a side of the binned kernel. [15]"}),
             ("--pitch-um", {"type": float, "help": "Sample spacing at the sensor."}),
-            ("--engine", {"metavar": "NAME", "help": "geometric, or deeplens (its own psf(), for comparison)."}),
+            ("--engine", {"metavar": "NAME", "help": "geometric, wave, auto, or deeplens (its own psf())."}),
+            ("--bandwidth-um", {"type": float, "help": "Width of the band about each wavelength (wave, auto)."}),
+            ("--response", {"metavar": "NAME", "help": "Of a sample: bilinear, area or point (wave). [bilinear]"}),
             ("--tracer", {"metavar": "NAME", "help": "auto, numba (CPU), torch (GPU) or deeplens."}),
             ("--perturb", {"metavar": "FILE", "help": "YAML list of how the lens as built departs from its design."}),
             ("--copies", {"type": int, "help": "Render so many random specimens of the lens."}),
@@ -89,7 +106,10 @@ def config_options(command: Command) -> Command:
             ("--scheduler", {"metavar": "ADDRESS", "help": "A dask scheduler that runs; means --executor dask."}),
         ]
     ):
-        command = click.option(flag, **kwargs)(command)  # type: ignore[arg-type]
+        if shown is None or flag in shown:
+            settings: dict[str, Any] = {**kwargs}  # type: ignore[dict-item]
+            settings["help"] = (shown or {}).get(flag) or settings["help"]
+            command = click.option(flag, **settings)(command)
     return command
 
 
@@ -126,8 +146,8 @@ def render(
         return _render(job, shard, overwrite, verbose, as_json, stopped)
 
 
-def _job(config: str | None, sets: tuple[str, ...], flags: dict[str, Any]) -> Any:
-    """The render job that a file, --set and the other options make."""
+def _job(config: str | None, sets: tuple[str, ...], flags: dict[str, Any], base: dict[str, Any] | None = None) -> Any:
+    """The render job that a file, --set and the other options make, over `base`."""
     from psfgen.config import RenderConfig, load_config
 
     given = {key: value for key, value in flags.items() if value is not None}
@@ -138,7 +158,7 @@ def _job(config: str | None, sets: tuple[str, ...], flags: dict[str, Any]) -> An
     for one, other in (("spp", "tolerance"), ("tolerance", "spp")):  # a flag takes the other's place in CONFIG
         if one in given:
             given.setdefault(other, None)
-    return load_config(RenderConfig, config, [*sets, *given.items()])
+    return load_config(RenderConfig, config, [*sets, *given.items()], base=base)
 
 
 def _array_shard() -> str | None:
@@ -159,34 +179,27 @@ def _render(job: Any, shard: str | None, overwrite: bool, verbose: bool, as_json
     from psfgen.shortfalls import shortfalls
     from psfgen.store.schema import plain
 
-    bars: list[Any] = []
     started: list[float] = []
 
     def start(plan: Any, kernels: int) -> None:
         started.append(time.monotonic())
-        if kernels and job.executor != "slurm":
-            bars.append(progress(kernels, f"render {plan.lens_name}", "psf"))
-
-    def on_kernels(count: int) -> None:
-        bars[0].update(count)
+        if job.executor != "slurm":
+            bar.start(kernels, f"render {plan.lens_name}", "psf")
 
     before = _submission(job)
-    try:
+    with _Bar() as bar:
         store = rendering.render(
-            job, shard=shard, overwrite=overwrite, on_start=start, on_kernels=on_kernels, stopped=stopped
+            job, shard=shard, overwrite=overwrite, on_start=start, on_kernels=bar.update, stopped=stopped
         )
-    finally:
-        for bar in bars:
-            bar.close()
     missing = len(store.missing())
     if missing and job.executor == "slurm":
         return _submitted(job, before, as_json)
     warnings = list(shortfalls(store)) if not missing else []
     for warning in warnings:
         click.echo(f"warning: {warning}", err=True)
-    if verbose and bars:
+    if verbose and bar.n:
         click.echo(_timing(store, began, started[0]), err=True)
-    did = f"{bars[0].n} kernels traced" if bars else "nothing to do"
+    did = f"{bar.n} kernels traced" if bar.n else "nothing to do"
     left = f"; {missing} of {len(store.blocks)} blocks still missing" if missing else ""
     _answer(
         "render",
@@ -291,21 +304,16 @@ def verify(store: str, deep: bool, sample: int, seed: int, verbose: bool, as_jso
 
     opened = open_store(store, allow_incomplete=True)
     missing = len(opened.missing())
-    bar = progress(len(opened.blocks) - missing, "verify", "block")
-    try:
+    with progress(len(opened.blocks) - missing, "verify", "block") as bar:
         faults = [str(problem) for problem in problems(opened, on_block=bar.update)]
-    finally:
-        bar.close()
     checked = f"{bar.n} of {len(opened.blocks)} blocks checked"
     cure = f"psfgen repair {store}"
     if deep and not faults:
         from psfgen.deep import differences
 
-        bar = progress(sample, "render again", "point")
-        try:
+        points = len(opened.coords["field_y"]) * len(opened.coords["field_x"]) * bar.n
+        with progress(min(sample, points), "render again", "point") as bar:
             found = list(differences(opened, sample=sample, seed=seed, on_point=bar.update))
-        finally:
-            bar.close()
         faults = [text for _, text in found]
         cure += "".join(f" --drop {block}" for block in dict.fromkeys(block for block, _ in found))
         checked += f", {bar.n} field points rendered again"
@@ -330,17 +338,12 @@ def repair(store: str, drop: tuple[str, ...], verbose: bool, as_json: bool) -> i
     from psfgen.store import open_store
     from psfgen.store.repair import repair as mend
 
-    bars: list[Any] = []
-
     def on_open(found: Store) -> Callable[[], object]:
-        bars.append(progress(len(found.blocks) - len(found.missing()), "verify", "block"))
-        return bars[0].update  # type: ignore[no-any-return]
+        bar.start(len(found.blocks) - len(found.missing()), "verify", "block")
+        return bar.update
 
-    try:
+    with _Bar() as bar:
         done = mend(store, drop, on_open)
-    finally:
-        for bar in bars:
-            bar.close()
     opened = open_store(store, allow_incomplete=True)
     missing = len(opened.missing())
     lines = [
@@ -405,18 +408,14 @@ def export(store: str, to: str, out: str, overwrite: bool, verbose: bool, as_jso
     from psfgen.store import open_store
 
     selection = Selection.of(open_store(store), **selected)
-    bars: list[Any] = []
 
-    def on_kernels(count: int) -> None:  # the bar comes with the first kernels, not before a refusal
-        if not bars:
-            bars.append(progress(selection.kernels, "export", "psf"))
-        bars[0].update(count)
+    def on_kernels(count: int) -> None:
+        if not bar.n:
+            bar.start(selection.kernels, "export", "psf")
+        bar.update(count)
 
-    try:
+    with _Bar() as bar:
         exporting.export(selection, to, Path(out), overwrite=overwrite, on_kernels=on_kernels)
-    finally:
-        for bar in bars:
-            bar.close()
     nbytes = Path(out).stat().st_size
     document = {"to": to, "kernels": selection.kernels, "bytes": nbytes, "paths": {"store": store, "out": out}}
     _answer("export", document, f"{out}: {selection.kernels} kernels, {nbytes / 2**20:.1f} MiB", as_json)
@@ -443,6 +442,75 @@ def stats(store: str, out: str | None, verbose: bool, as_json: bool) -> int:
     del document["mean_psf"]
     _answer("stats", document, "\n".join(lines), as_json)
     return 0
+
+
+@cli.command()
+@click.argument("store", default="psfs.zarr")
+@click.option("--out", metavar="PNG", help="The picture; several pages get a suffix each. [STORE-mtf.png]")
+@click.option("--csv", "csv_file", metavar="FILE", help="Write the curves of every kernel too.")
+@click.option("--depth", metavar="D", help="Depths to look at. [the one most in focus]")
+@click.option("--focus", metavar="D", help="Focus distances to look at. [all]")
+@click.option("--wavelength", metavar="L", help="Wavelengths to look at, apart and together. [all]")
+@click.option("--copy", metavar="N", type=int, help="Which copy to look at. [0]")
+@common
+def mtf(
+    store: str, out: str | None, csv_file: str | None, copy: int | None, verbose: bool, as_json: bool, **selected: Any
+) -> int:
+    """Modulation transfer of the kernels: tangential and sagittal curves, MTF50 over the field."""
+    from psfgen import mtf as transfer
+    from psfgen.select import Selection
+    from psfgen.store import open_store
+
+    selection = Selection.of(open_store(store), copy=copy or 0, **selected)
+    picture = out or f"{Path(selection.store.path).stem}-mtf.png"
+    points = len(selection.store.coords["field_x"]) * len(selection.store.coords["field_y"])
+    with progress(points * len(transfer.chosen(selection)), "mtf", "point") as bar:
+        document, text = transfer.run(selection, picture=picture, csv_file=csv_file, on_points=bar.update)
+    _answer("mtf", document, text, as_json)
+    return 0
+
+
+@cli.command()
+@click.argument("config", required=False, type=click.Path())
+@partial(config_options, shown=WAVEFRONT_OPTIONS)
+@click.option("--field", "fields", multiple=True, metavar="X,Y", help="A field point, instead of the grid; repeatable.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set any config key; the value is YAML.")
+@click.option(
+    "--out", "picture", metavar="PNG", help="Draw maps over the field too, a page a depth, focus, wavelength."
+)
+@click.option("--csv", "csv_file", metavar="FILE", help="Write a row a wavefront, with all Zernike coefficients.")
+@common
+def wavefront(
+    config: str | None,
+    fields: tuple[str, ...],
+    sets: tuple[str, ...],
+    picture: str | None,
+    csv_file: str | None,
+    verbose: bool,
+    as_json: bool,
+    **flags: Any,
+) -> int:
+    """Say how good the wavefronts of a lens are: RMS, peak to valley, Strehl ratio, Zernike coefficients.
+
+    CONFIG is a YAML file of `render`'s keys; options win over --set, --set over CONFIG.
+    """
+    from psfgen import wavefronts
+
+    survey = wavefronts.Survey(_job(config, sets, flags, wavefronts.DEFAULTS), [_point(text) for text in fields])
+    with progress(survey.count, f"wavefront {survey.lens.name}", "wavefront") as bar:
+        document, text = wavefronts.run(survey, picture=picture, csv_file=csv_file, on_wavefront=bar.update)
+    _answer("wavefront", document, text, as_json)
+    return 0
+
+
+def _point(text: str) -> tuple[float, float]:
+    """A field point, as typed."""
+    from psfgen.quantities import parse_pair
+
+    try:
+        return parse_pair(text)
+    except ValueError as error:
+        raise ConfigError(f"--field {text}: {error}") from None
 
 
 @cli.command()
@@ -485,18 +553,9 @@ def rechunk(
 
 def _copied(command: str, as_json: bool, work: Callable[..., Store], *args: Any, **kwargs: Any) -> int:
     """Run `merge` or `rechunk` under a bar, and say what came out."""
-    bars: list[Any] = []
-
-    def start(blocks: int) -> None:
-        if blocks:
-            bars.append(progress(blocks, command, "block"))
-
-    try:
-        store = work(*args, **kwargs, on_start=start, on_block=lambda: bars[0].update())
-    finally:
-        for bar in bars:
-            bar.close()
-    did = f"{bars[0].n} of {len(store.blocks)} blocks written" if bars else "nothing to do"
+    with _Bar() as bar:
+        store = work(*args, **kwargs, on_start=lambda blocks: bar.start(blocks, command, "block"), on_block=bar.update)
+    did = f"{bar.n} of {len(store.blocks)} blocks written" if bar.n else "nothing to do"
     document = {"paths": {"store": store.path}, "plan_sha256": store.attrs["plan_sha256"]}
     _answer(command, document, f"{store.path}: {did}", as_json)
     return 0
@@ -534,6 +593,29 @@ def doctor(verbose: bool, as_json: bool) -> int:
     ok = all(f.ok for f in findings if f.needed)
     _answer("doctor", {"ok": ok, "findings": [vars(f) for f in findings]}, "\n".join(lines), as_json)
     return 0 if ok else 1
+
+
+class _Bar:
+    """A progress bar that comes when the work begins, not before a refusal, and not where there is nothing to do."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._bar: Any = None
+
+    def start(self, total: int, description: str, unit: str) -> None:
+        if total:
+            self._bar = progress(total, description, unit)
+
+    def update(self, count: int = 1) -> None:
+        self.n += count
+        self._bar.update(count)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 def _answer(command: str, document: dict[str, Any], text: str, as_json: bool) -> None:

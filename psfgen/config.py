@@ -11,9 +11,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from psfgen.errors import ConfigError, nearest
+from psfgen.quantities import SHORTEST_UM, parse_pair, parse_size_mm, parse_wavelength_um
 from psfgen.quantities import parse_distance_mm as parse_distance_mm  # psftrain takes these three from here
 from psfgen.quantities import parse_distances_mm as parse_distances_mm
-from psfgen.quantities import parse_pair, parse_size_mm, parse_wavelength_um
 from psfgen.quantities import parse_wavelengths_um as parse_wavelengths_um
 
 
@@ -31,6 +31,8 @@ Size = Annotated[tuple[float, float], BeforeValidator(parse_size_mm)]
 Pair = Annotated[tuple[float, float], BeforeValidator(parse_pair)]
 
 TOLERANCE = 0.03
+DIFFRACTED = ("wave", "auto")  # engines that know of diffraction
+OF_DIFFRACTION = ("bandwidth_um", "response")  # their keys
 MOST_RAYS = 2**20  # per kernel
 
 
@@ -138,6 +140,10 @@ class RenderConfig(Config):
     bins: int = Field(15, ge=1, description="bins a side of the binned kernel")
     pitch_um: float | None = Field(None, gt=0, description="sample spacing at the sensor")
     engine: str = Field("geometric", description="what computes the kernels")
+    bandwidth_um: float = Field(0.0, ge=0, lt=1, description="width of the band about each wavelength; wave, auto")
+    response: Literal["bilinear", "area", "point"] = Field(
+        "bilinear", description="what a sample takes of the light about it; wave, auto"
+    )
     tracer: Literal["auto", "numba", "torch", "deeplens"] = Field("auto", description="what traces the rays")
     perturb: tuple[Move, ...] = Field((), description="how the lens as built departs from its design")
     copies: int | None = Field(None, ge=1, le=1000, description="specimens of the lens, drawn from `tolerances`")
@@ -165,6 +171,20 @@ class RenderConfig(Config):
         for key, rays in (("spp", self.spp), ("spp_max", self.spp_max)):
             if self.sampling == "sobol" and rays is not None and rays & (rays - 1):
                 raise ValueError(f"{key} {rays} is no power of two, which sampling sobol needs")
+        if self.engine not in DIFFRACTED:
+            for key in OF_DIFFRACTION:
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    others = "wave" if key == "response" else "wave or auto"
+                    raise ValueError(
+                        f"{key} {getattr(self, key)} means nothing to engine {self.engine}; use engine {others}"
+                    )
+        if min(self.wavelength) - self.bandwidth_um / 2 <= SHORTEST_UM:
+            raise ValueError(
+                f"bandwidth_um {self.bandwidth_um:g}: about {min(self.wavelength):g} um it would reach below "
+                f"{SHORTEST_UM:g} um; give a smaller --bandwidth-um"
+            )
+        if self.engine == "auto" and self.response != "bilinear":
+            raise ValueError(f"response {self.response}: engine auto shares light out as rays are; use engine wave")
         if self.bins > self.kernel_px:
             raise ValueError(f"bins {self.bins} is more than kernel_px {self.kernel_px}; give --bins or --kernel-px")
         if self.layout == "cells" and self.grid < 2:

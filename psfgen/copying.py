@@ -42,7 +42,7 @@ def fill(target: Store, source: Source, on_block: Callable[[], object]) -> None:
     """
     for block in target.missing():
         try:
-            for name in schema.ARRAY_DIMS:
+            for name in target.spec.arrays:
                 _copy(target, source, block, name)
             target.commit(block, source.entry(block))
         except BaseException:

@@ -67,6 +67,6 @@ def _specimens_of(store: Store) -> Specimens:
     try:
         plan.require_same(store.attrs, store.path)
     except PlanMismatch as error:
-        reason = str(error).partition(": ")[2].partition(";")[0]
+        reason = str(error).partition(": ")[2].partition(";")[0] or str(error)
         raise StoreError(f"{store.path} cannot be rendered again by this psfgen: {reason}") from None
     return Specimens(lens, plan)

@@ -70,7 +70,7 @@ def _hdf5(selection: Selection, path: Path, on_kernels: OnKernels) -> None:
         for name, value in selection.store.attrs.items():
             file.attrs[name] = _attribute(value)
         write_coords(file, selection.coords)
-        for name in schema.ARRAY_DIMS:
+        for name in spec.arrays:
             dims, shape = spec.dims(name), selection.shape(name)
             chunks = dict(zip(dims, map(min, spec.chunks(name), shape), strict=True))
             if name in schema.BANDED:
@@ -199,20 +199,21 @@ CSV_COORDS = {
     "field_x": "field_x",
     "wavelength": "wavelength_um",
 }
-CSV_ARRAYS = ("throughput", "captured", "noise", "chief_x_mm", "chief_y_mm")
+CSV_ARRAYS = ("throughput", "captured", "noise", "model", "chief_x_mm", "chief_y_mm")
 
 
 def _csv(selection: Selection, path: Path, on_kernels: OnKernels) -> None:
     store, coords = selection.store, selection.coords
     dims = store.spec.kernel_dims
     outer, inner = dims[:-3], dims[-3:]
+    names = [name for name in CSV_ARRAYS if name in store.spec.arrays]
     with open(path, "w", encoding="ascii", newline="") as file:
-        file.write(",".join([*(CSV_COORDS[dim] for dim in dims), *CSV_ARRAYS, "distortion"]) + "\n")
+        file.write(",".join([*(CSV_COORDS[dim] for dim in dims), *names, "distortion"]) + "\n")
         for at in product(*(selection.indices(dim) for dim in outer)):
             here = dict(zip(outer, at, strict=True))
             columns = [np.array(store.coords[dim][index]) for dim, index in here.items()]
             columns += np.meshgrid(*(coords[dim] for dim in inner), indexing="ij")
-            for name in CSV_ARRAYS:
+            for name in names:
                 values = store.read(name, **{dim: i for dim, i in here.items() if dim in store.spec.dims(name)})
                 if "wavelength" in store.spec.dims(name):
                     columns.append(values[..., selection.indices("wavelength")])

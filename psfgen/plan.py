@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psfgen.config import TOLERANCE, RenderConfig
+from psfgen.config import DIFFRACTED, OF_DIFFRACTION, TOLERANCE, RenderConfig
 from psfgen.errors import ConfigError, PlanMismatch
 from psfgen.grid import field_axes
 from psfgen.store import schema
@@ -71,8 +71,13 @@ class Plan:
     @cached_property
     def document(self) -> dict[str, Any]:
         """Everything that decides the numbers, as plain data; its hash identifies the plan."""
-        keys: dict[str, Any] = schema.plain(self.config.model_dump(exclude={*INVOCATION, "lens"}))
+        keys: dict[str, Any] = schema.plain(self.config.model_dump(exclude={*INVOCATION, "lens", *self._idle}))
         return {"schema_version": schema.SCHEMA_VERSION, "lens_sha256": self.lens_sha256, **keys}
+
+    @property
+    def _idle(self) -> set[str]:
+        """Keys of other engines: stores made before these were there keep their plan."""
+        return set() if self.config.engine in DIFFRACTED else set(OF_DIFFRACTION)
 
     @property
     def sha256(self) -> str:
@@ -85,8 +90,8 @@ class Plan:
 
     @property
     def spec(self) -> schema.StoreSpec:
-        """What the store is made of, but for its attributes."""
-        return schema.StoreSpec(self.coords, {})
+        """What the store is made of, but for most of its attributes."""
+        return schema.StoreSpec(self.coords, {"engine": self.config.engine})
 
     @property
     def kernels_per_block(self) -> int:
@@ -99,7 +104,7 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Size of the arrays before compression."""
-        return sum(math.prod(self.spec.shape(name)) * 4 for name in schema.ARRAY_DIMS)
+        return sum(math.prod(self.spec.shape(name)) * 4 for name in self.spec.arrays)
 
     def require_same(self, stored: dict[str, Any], path: object) -> None:
         """Raise PlanMismatch, naming the first key that differs, unless the store at `path` has this plan."""

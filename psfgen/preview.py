@@ -10,7 +10,7 @@ from psfgen.engines import engine_class
 from psfgen.executors import executor, slurm
 from psfgen.plan import Plan, share
 from psfgen.render import prepare
-from psfgen.show import span
+from psfgen.show import of_diffraction, span
 from psfgen.specimens import Specimens
 from psfgen.store import Store
 from psfgen.store.open import format_of, store_class
@@ -48,7 +48,8 @@ def preview(job: RenderConfig, shard: str | None, *, overwrite: bool) -> tuple[d
         f"wavelength {span(plan.coords['wavelength'])} um\n"
         f"field x {span(plan.coords['field_x'])}, y {span(plan.coords['field_y'])} half sensor sides\n"
         f"{plan.config.kernel_px} x {plan.config.kernel_px} samples of {plan.config.pitch_um:g} um, "
-        f"{effort}, tracer {plan.config.tracer}\n"
+        f"{effort}\n"
+        f"engine {plan.config.engine}{of_diffraction(plan.config.model_dump())}, tracer {plan.config.tracer}\n"
         f"the store holds {plan.nbytes / 2**20:.0f} MiB before compression, "
         f"rendering takes at most {plan.config.memory_mib} MiB of memory above the imports\n"
         f"{document['kernels']} kernels in {len(mine)} {'block' if len(mine) == 1 else 'blocks'} {where}"

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+SHORTEST_UM, LONGEST_UM = 0.1, 10.0  # wavelengths
+
 
 def parse_distance_mm(value: object) -> float:
     """One distance in mm: `400mm`, `0.4m`, `inf`; a bare number is mm.
@@ -84,8 +86,8 @@ def parse_wavelengths_um(value: object) -> tuple[float, ...]:
     for wavelength_um in values:
         if 100 <= wavelength_um <= 20000:
             raise ValueError(f"wavelength {wavelength_um:g} is not in um; did you mean {wavelength_um / 1000:g}?")
-        if not 0.1 < wavelength_um < 10:
-            raise ValueError(f"wavelength {wavelength_um:g} um is outside 0.1 to 10 um")
+        if not SHORTEST_UM < wavelength_um < LONGEST_UM:
+            raise ValueError(f"wavelength {wavelength_um:g} um is outside {SHORTEST_UM:g} to {LONGEST_UM:g} um")
     return _ascending(values, "wavelength", "um")
 
 

@@ -32,7 +32,8 @@ def shortfalls(store: Store) -> Iterator[str]:
     if noisy.any():
         aim = f"the tolerance of {_percent(tolerance)}" if tolerance else _percent(NOISY)
         more = f"a larger spp_max (now {spp_max}) or " if spp_max < MOST_RAYS else ""
-        cure = f"{more}a larger --tolerance" if tolerance else "more rays (--spp) or a --tolerance"
+        other = "--engine auto or " if store.attrs["engine"] == "wave" else ""
+        cure = other + (f"{more}a larger --tolerance" if tolerance else "more rays (--spp) or a --tolerance")
         yield (
             f"{noisy.sum()} of {noisy.size} kernels have an estimated error above {aim} "
             f"(worst {_percent(np.nanmax(noise))} at {_where(store, np.nanargmax(noise))}, "
@@ -58,7 +59,7 @@ def _diffraction(store: Store, total: int) -> Iterator[str]:
         yield (
             f"{kernels} of {total} kernels are so sharp that diffraction, which geometry leaves out, would widen them: "
             f"Airy radius {worst['airy_um']:.2g} um beside an RMS radius of {worst['rms_um']:.2g} um and samples of "
-            f"{store.attrs['pitch_um']:g} um; a larger --pitch-um hides it"
+            f"{store.attrs['pitch_um']:g} um; --engine wave computes it, a larger --pitch-um hides it"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from psfgen.errors import StoreError
+from psfgen.errors import ConfigError, StoreError
 from psfgen.select import pick
 from psfgen.store import Store, schema
 from psfgen.store.colour import channels_to_rgb, stretch
@@ -39,9 +40,10 @@ def describe(store: Store) -> tuple[dict[str, Any], str]:
     }
     size = " x ".join(f"{len(coords[dim])} {dim}" for dim in store.spec.kernel_dims)
     waves = ", ".join(f"{w:g}" for w in coords["wavelength"])
+    engine = f"engine {attrs['engine']}{of_diffraction(attrs['config'])}"
     lines = [
         f"{store.path}: {'complete' if not missing else f'{missing} of {len(store.blocks)} blocks missing'}",
-        f"lens       {lens['name']} (sha256 {lens['sha256'][:12]}), engine {attrs['engine']}, tracer {attrs['tracer']}",
+        f"lens       {lens['name']} (sha256 {lens['sha256'][:12]}), {engine}, tracer {attrs['tracer']}",
         f"kernels    {size}",
         f"rays       {_effort(attrs['config'])}",
         *_as_built(attrs),
@@ -66,6 +68,12 @@ def describe(store: Store) -> tuple[dict[str, Any], str]:
         if not np.isnan(noise).all():
             document["noise"] = {"median": np.nanmedian(noise), "max": np.nanmax(noise)}
             lines.append(f"noise      estimated error: median {np.nanmedian(noise):.1%}, most {np.nanmax(noise):.1%}")
+        if "model" in store.spec.arrays:
+            model = store.read("model")
+            kinds = {"wave": model == 1, "blended": (model > 0) & (model < 1), "geometric": model == 0}
+            document["model"] = {name: int(kernels.sum()) for name, kernels in kinds.items()}
+            told = ", ".join(f"{count} {name}" for name, count in document["model"].items())
+            lines.append(f"model      kernels: {told}")
     return document, "\n".join(lines)
 
 
@@ -92,7 +100,8 @@ def span(values: NDArray[np.float64]) -> str:
     return f"{values[0]:.6g}" if len(values) == 1 else f"{values[0]:.6g} to {values[-1]:.6g} ({len(values)})"
 
 
-def _metres(distance_mm: float) -> str:
+def metres(distance_mm: float) -> str:
+    """A distance in words."""
     return "inf" if np.isinf(distance_mm) else f"{distance_mm / 1000:.4g} m"
 
 
@@ -107,20 +116,31 @@ def contact_sheets(
     (copy,) = pick(store, "copy", copy or 0)
     focuses = pick(store, "focus", focus) if focus else list(range(len(store.coords["focus"])))
     depths = pick(store, "depth", depth) if depth else None
-    pairs = [(f, d) for f in focuses for d in (depths if depths is not None else [_sharpest(store, f)])]
-    pages = []
-    for f, d in pairs:
-        page = out
-        if len(pairs) > 1:
-            distances = f"depth-{_metres(store.coords['depth'][d])}-focus-{_metres(store.coords['focus'][f])}"
-            distances = distances.replace(" ", "")
-            page = out.with_name(f"{out.stem}-{distances}{out.suffix or '.png'}")
+    pairs = [(f, d) for f in focuses for d in (depths if depths is not None else [sharpest(store, f)])]
+    coords = store.coords
+    pages = page_paths(out, [page_name(coords["depth"][d], coords["focus"][f]) for f, d in pairs])
+    for (f, d), page in zip(pairs, pages, strict=True):
         save(_draw(store, f, d, copy), page)
-        pages.append(page)
     return pages
 
 
-def _sharpest(store: Store, focus: int) -> int:
+def page_name(depth_mm: float, focus_mm: float) -> str:
+    """A depth and a focus distance in the name of a picture."""
+    return f"depth-{metres(depth_mm)}-focus-{metres(focus_mm)}".replace(" ", "")
+
+
+def page_paths(out: Path, names: list[str]) -> list[Path]:
+    """Where pages go that these names tell apart: one goes to `out` itself.
+
+    Raises ConfigError for a kind of picture that cannot be written.
+    """
+    if out.suffix and out.suffix[1:].lower() not in FigureCanvasAgg.get_supported_filetypes():
+        raise ConfigError(f"picture {out}: no picture is written as {out.suffix}; use .png, .pdf or .svg")
+    return [out] if len(names) == 1 else [out.with_name(f"{out.stem}-{name}{out.suffix or '.png'}") for name in names]
+
+
+def sharpest(store: Store, focus: int) -> int:
+    """The depth that is most in focus at a focus distance; indices."""
     return int(np.argmin(np.abs(store.coords["depth_dioptre"] - store.coords["focus_dioptre"][focus])))
 
 
@@ -135,8 +155,8 @@ def save(figure: Figure, path: Path) -> None:
 
 def _draw(store: Store, focus: int, depth: int, copy: int) -> Figure:
     coords = store.coords
-    rows = _spread(len(coords["field_y"]))[::-1]  # scene +y on top
-    columns = _spread(len(coords["field_x"]))
+    rows = spread(len(coords["field_y"]))[::-1]  # scene +y on top
+    columns = spread(len(coords["field_x"]))
     here = {"copy": copy, "focus": focus, "depth": depth}
     psf = store.read("psf", **here)[np.ix_(rows, columns)]
     captured = store.read("captured", **here)[np.ix_(rows, columns)].min(axis=-1)
@@ -167,13 +187,19 @@ def _draw(store: Store, focus: int, depth: int, copy: int) -> Figure:
     _scale_bar(axes, store, side, zoom)
     waves = ", ".join(f"{w:g}" for w in coords["wavelength"])
     axes.set_title(
-        f"{store.attrs['lens']['name']}   {_specimen(store, copy)}"
-        f"depth {_metres(coords['depth'][depth])}   "
-        f"focus {_metres(coords['focus'][focus])}   {waves} um\n"
+        f"{store.attrs['lens']['name']}   {_specimen(store, copy)}{_engine(store)}"
+        f"depth {metres(coords['depth'][depth])}   "
+        f"focus {metres(coords['focus'][focus])}   {waves} um\n"
         "tiles scaled to their own peak, gamma 2.2; % = energy in the window, worst channel",
         fontsize=9,
     )
     return figure
+
+
+def of_diffraction(config: Mapping[str, Any]) -> str:
+    """What a job asks of engine wave or auto, in words; nothing where it asks for nothing."""
+    band, response = config.get("bandwidth_um"), config.get("response", "bilinear")
+    return (f", bands {band:g} um wide" if band else "") + (f", {response} samples" if response != "bilinear" else "")
 
 
 def _specimen(store: Store, copy: int) -> str:
@@ -182,11 +208,17 @@ def _specimen(store: Store, copy: int) -> str:
     return "as built   " if "as_built" in store.attrs else ""
 
 
+def _engine(store: Store) -> str:
+    """Named where it is not the default."""
+    engine = store.attrs.get("engine", "geometric")
+    return "" if engine == "geometric" else f"engine {engine}   "
+
+
 def _tile(index: int, side: int, tile: NDArray[np.float64]) -> slice:
     return slice(index * side + GAP_PX, index * side + GAP_PX + tile.shape[0])
 
 
-def _spread(count: int) -> NDArray[np.int64]:
+def spread(count: int) -> NDArray[np.int64]:
     """At most MOST_TILES indices, evenly and symmetrically spread, both ends included."""
     tiles = min(count, MOST_TILES)
     tiles -= (count - tiles) % 2 if tiles > 1 else 0

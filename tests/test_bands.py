@@ -17,7 +17,6 @@ from psfgen.bands import ARRAYS_SHARE, MIB, SMALL_NUMBERS, Cut, cut
 from psfgen.config import RenderConfig
 from psfgen.engines import geometric
 from psfgen.errors import ConfigError
-from psfgen.optics.trace import TRACERS
 from psfgen.render import load, render
 from psfgen.store import schema
 from psfgen.store.schema import StoreSpec
@@ -145,9 +144,11 @@ CUT_JOB: dict[str, Any] = {"grid": 4, "depth": "1m,inf", "focus": "1m,2m,4m,inf"
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"tracer": tracer} for tracer in TRACERS),
+        {"tracer": "numba"},
+        {"tracer": "torch"},
+        pytest.param({"tracer": "deeplens"}, marks=pytest.mark.campaign),
         {"tracer": "numba", "lens": "phone", "pitch_um": 4.0},
-        {"tracer": "torch", "lens": "phone", "pitch_um": 4.0},
+        pytest.param({"tracer": "torch", "lens": "phone", "pitch_um": 4.0}, marks=pytest.mark.campaign),
         {"spp": None, "tolerance": 0.05},
         {"perturb": ({"element": 0, "tilt_deg": (0.2, 0.0)},)},
     ],
@@ -177,7 +178,7 @@ def shapes(config: RenderConfig) -> set[tuple[int, int]]:
     return {(max(part.stop - part.start for part in found.focuses), len(group)) for group in found.bands}
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_no_byte_depends_on_the_workers_that_share_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two bands of 19 MB a focus distance, with tight memory and two workers against ample memory and one."""
     monkeypatch.setenv("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
@@ -214,8 +215,8 @@ if __name__ == "__main__":
     ("changes", "memory_mib"),
     [
         ({"grid": 48, "spp": 64}, 512),
-        ({"grid": 9, "kernel_px": 256, "spp": 64}, 512),
-        ({"grid": 32, "kernel_px": 32, "spp": 64, "focus": "1m,inf"}, 256),
+        pytest.param({"grid": 9, "kernel_px": 256, "spp": 64}, 512, marks=pytest.mark.campaign),
+        pytest.param({"grid": 32, "kernel_px": 32, "spp": 64, "focus": "1m,inf"}, 256, marks=pytest.mark.campaign),
     ],
 )
 def test_a_render_keeps_within_its_memory(tmp_path: Path, changes: dict[str, Any], memory_mib: int) -> None:

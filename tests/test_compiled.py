@@ -11,7 +11,7 @@ import pytest
 from conftest import arrays, flags
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.timeout(300)
 def test_the_process_that_compiles_makes_the_bytes_of_those_that_find_it_compiled(tmp_path: Path) -> None:
     """With as many rays as it takes for a last bit to show."""

@@ -117,8 +117,8 @@ def test_a_config_is_frozen() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("grd=3", r"unknown key 'grd'; did you mean 'grid'\?; known here: bins, copies, dask, depth,"),
-        ("zzz=3", r"unknown key 'zzz'; known here: bins,"),
+        ("grd=3", r"unknown key 'grd'; did you mean 'grid'\?; known here: bandwidth_um, bins, copies, dask, depth,"),
+        ("zzz=3", r"unknown key 'zzz'; known here: bandwidth_um, bins,"),
         ("grid=0", r"grid: .*greater than or equal to 1, got 0"),
         ("grid=many", r"grid: .*integer.*, got 'many'"),
         ("layout=cell", r"layout: .*'grid', 'cells' or 'random', got 'cell'"),

@@ -126,9 +126,12 @@ def test_a_flag_takes_the_place_of_the_other_one_in_a_file(
 
 def test_a_dry_run_tells_the_effort_and_the_memory(psfgen: Psfgen, tmp_path: Path) -> None:
     dry = psfgen("render", *flags(spp=None, memory_mib=300), "--dry-run").out
-    assert "noise at most 0.03, tracer numba" in dry
+    assert "noise at most 0.03\nengine geometric, tracer numba" in dry
     assert "at most 300 MiB of memory above the imports" in dry
-    assert "256 rays a kernel, tracer torch" in psfgen("render", *flags(tracer="torch"), "--dry-run").out
+    given = psfgen("render", *flags(tracer="torch"), "--dry-run").out
+    assert "256 rays a kernel\nengine geometric, tracer torch" in given
+    wave = flags(spp=None, engine="wave", bandwidth_um=0.02, response="area")
+    assert "engine wave, bands 0.02 um wide, area samples, tracer numba" in psfgen("render", *wave, "--dry-run").out
     document = psfgen("render", *flags(spp=None, memory_mib=300), "--dry-run", "--json").document
     assert document["memory_bytes"] == 300 * 2**20
     assert document["config"]["tracer"] == "numba"
@@ -219,7 +222,7 @@ def test_sharp_kernels_are_told_with_their_airy_radius(tmp_path: Path) -> None:
     assert len(told) == 1
     found = re.match(
         r"(\d+) of 18 kernels are so sharp that diffraction.*: Airy radius ([\d.]+) um beside an RMS radius of "
-        r"([\d.]+) um and samples of 1 um; a larger --pitch-um hides it",
+        r"([\d.]+) um and samples of 1 um; --engine wave computes it, a larger --pitch-um hides it",
         told[0],
     )
     assert found, told

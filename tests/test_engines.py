@@ -170,9 +170,10 @@ def test_throughput_is_the_share_of_rays_deeplens_lets_pass(name: str, field: tu
     assert found == pytest.approx(passed, abs=4 * math.sqrt(passed * (1 - passed) / rays) + 1e-3)
 
 
-def test_throughput_does_not_depend_on_focus() -> None:
+@pytest.mark.parametrize("engine", ["geometric", "wave", "auto"])
+def test_throughput_does_not_depend_on_focus(engine: str) -> None:
     field = [(0.9, -0.9), (0.3, 0.1)]
-    near, far = (shoot("double_gauss", field, 2000.0, focus=focus) for focus in ("1m", "1500,inf"))
+    near, far = (shoot("double_gauss", field, 2000.0, focus=focus, engine=engine) for focus in ("1m", "1500,inf"))
     assert np.array_equal(near.throughput, far.throughput)
     assert near.throughput[0] < 0.5 < near.throughput[1]
 
@@ -320,5 +321,7 @@ def test_every_engine_keeps_the_contract(name: str) -> None:
 
 
 def test_an_unknown_engine_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match=r"unknown engine 'geometrik'; did you mean 'geometric'.*geometric, deeplens"):
+    with pytest.raises(
+        ConfigError, match=r"unknown engine 'geometrik'; did you mean 'geometric'.*geometric, auto, wave, deeplens"
+    ):
         engine_class("geometrik")

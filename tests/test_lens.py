@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SINGLET_ZMX, lens, tracer, variant
+from conftest import SINGLET_ZMX, in_optiland, lens, tracer, variant
 from numpy.typing import NDArray
 
 from psfgen import catalogue
@@ -50,21 +50,9 @@ def optiland_hits_mm(
     document: dict[str, Any], of: Lens, o: NDArray[Any], d: NDArray[Any], wavelength_um: float
 ) -> NDArray[Any]:
     """Where optiland, given the prescription's own numbers, lets rays land at its sensor distance."""
-    from optiland.materials import IdealMaterial
-    from optiland.optic import Optic
     from optiland.rays import RealRays
 
-    optic = Optic()
-    optic.surfaces.add(index=0, thickness=math.inf)
-    for index, surface in enumerate(document["surfaces"]):
-        glass = of.geo.surfaces[index].mat2.refractive_index(wavelength_um)
-        shape: dict[str, Any] = {"radius": surface.get("roc", math.inf), "conic": surface.get("k", 0.0)}
-        if surface["type"] == "Aspheric":
-            coefficients = surface["ai"] if surface["use_ai2"] else [0.0, *surface["ai"]]
-            shape |= {"surface_type": "even_asphere", "coefficients": coefficients}
-        stop, material = surface["type"] == "Stop", IdealMaterial(float(glass))
-        optic.surfaces.add(index=index + 1, thickness=surface["d_next"], material=material, is_stop=stop, **shape)
-    optic.surfaces.add(index=len(document["surfaces"]) + 1)
+    optic = in_optiland(document, of, wavelength_um)
     start = o + d * ((-5.0 - o[:, 2:]) / d[:, 2:])  # optiland starts in front of the lens
     rays = RealRays(*start.T, *d.T, np.ones(len(o)), np.full(len(o), wavelength_um))
     optic.surfaces.trace(rays)

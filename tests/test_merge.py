@@ -86,7 +86,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def same_arrays(one: Store, other: Store) -> None:
-    for name in (*schema.ARRAY_DIMS, *one.coords):
+    for name in (*one.spec.arrays, *one.coords):
         np.testing.assert_array_equal(one.read(name), other.read(name), err_msg=name)
 
 
@@ -187,7 +187,7 @@ def test_copies(rendered: dict[str, str], tmp_path: Path, psfgen: Psfgen) -> Non
     assert made.coords["copy"].tolist() == [0, 1, 2, 3]
     assert list(problems(made)) == []
     design, copies, bent = (open_store(rendered[name]) for name in names)
-    for name in schema.ARRAY_DIMS:
+    for name in made.spec.arrays:
         parts = [design.read(name)[None], copies.read(name), bent.read(name)[None]]
         np.testing.assert_array_equal(made.read(name), np.concatenate(parts))
     assert made.attrs["as_built"] == [[], *copies.attrs["as_built"], *bent.attrs["as_built"]]

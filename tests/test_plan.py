@@ -32,6 +32,8 @@ OTHER: dict[str, Any] = {
     "bins": 3,
     "pitch_um": 9.0,
     "engine": "deeplens",
+    "bandwidth_um": 0.01,
+    "response": "area",
     "seed": 1,
     "tracer": "torch",
     "tolerance": 0.1,
@@ -44,7 +46,13 @@ OTHER: dict[str, Any] = {
 }
 # What must be given besides, for a key to have a meaning.
 SPECIMENS: dict[str, Any] = {"copies": 2, "tolerances": {"decentre_mm": 0.01}}
-BESIDE: dict[str, dict[str, Any]] = {"tolerance": {"spp": None}, "copies": SPECIMENS, "tolerances": SPECIMENS}
+BESIDE: dict[str, dict[str, Any]] = {
+    "tolerance": {"spp": None},
+    "copies": SPECIMENS,
+    "tolerances": SPECIMENS,
+    "bandwidth_um": {"engine": "wave"},
+    "response": {"engine": "wave"},
+}
 SAME: dict[str, Any] = {
     "out": "x",
     "format": "hdf5",

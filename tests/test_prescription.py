@@ -181,6 +181,14 @@ def test_a_foreign_surface_is_left_to_deeplens(
     assert "of lens kind is traced by DeepLens itself" in caplog.text
 
 
+@pytest.mark.parametrize("engine", ["wave", "auto"])
+def test_a_lens_with_a_foreign_surface_has_no_wavefront(tmp_path: Path, engine: str) -> None:
+    lens_of(tmp_path, FOREIGN["many terms"][0])
+    job = tiny(tmp_path / "psfs.zarr", lens=str(tmp_path / "kind.json"), engine=engine)
+    with pytest.raises(ConfigError, match=rf"engine {engine} does not know surface 1 .* use engine geometric"):
+        render(job)
+
+
 def test_a_lens_with_a_foreign_surface_is_rendered(tmp_path: Path) -> None:
     lens_of(tmp_path, FOREIGN["many terms"][0])
     job = tiny(tmp_path / "psfs.zarr", lens=str(tmp_path / "kind.json"), depth="1m", focus="2m", pitch_um=40.0)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 ALL = slice(None)
 ENGINES = {
     "geometric": "psfgen.engines.geometric:GeometricEngine",
+    "auto": "psfgen.engines.auto:AutoEngine",
+    "wave": "psfgen.engines.wave:WaveEngine",
     "deeplens": "psfgen.engines.deeplens:DeepLensEngine",
 }
 
@@ -34,6 +36,8 @@ class Deposits:
     chief_mm: NDArray[np.float64]  # [P, F, 2] x, y, upright
     rays: int
     margins: tuple[float, float]  # what turns half the halves' difference into `noise`, into `noise_binned`
+    model: NDArray[np.float64] | None = None  # [P, F, W] how much of engine wave is in each; of engine auto
+    floor: NDArray[np.float64] | None = None  # [P, F, W] relative error that the halves do not show
 
 
 @dataclass(frozen=True)

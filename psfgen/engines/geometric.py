@@ -43,6 +43,7 @@ class GeometricEngine:
 
     concurrent = True
     threads_suffice = False
+    by_radius = True  # kernels at one radius of a symmetric lens share a bundle
 
     def __init__(self, lens: Lens, plan: Plan) -> None:
         config = plan.config
@@ -119,7 +120,7 @@ class GeometricEngine:
         """Solve the chief rays of the field points [P, 2], and find what of the pupil is open."""
         sensor_z_mm = np.array(self.sensor_z_mm)[focuses]
         slopes = pupil.field_slopes(self.lens, field_xy)
-        if self.symmetric:
+        if self.symmetric and self.by_radius:
             radius = slopes.norm(dim=-1).numpy()
             unique, of_point = np.unique(np.round(radius, RADIUS_DIGITS), return_inverse=True)
             cos_sin = np.where(radius[:, None] > 0, slopes.numpy() / np.maximum(radius, 1e-300)[:, None], [1.0, 0.0])

@@ -224,7 +224,7 @@ def _thin_lens(b, table):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _enter(b, table, turned):  # type: ignore[no-untyped-def]
+def enter(b, table, turned):  # type: ignore[no-untyped-def]
     """Into the frame of the next surface."""
     sx, sy, sz = table[SHIFT], table[SHIFT + 1], table[SHIFT + 2]
     if turned:
@@ -250,21 +250,26 @@ def _enter(b, table, turned):  # type: ignore[no-untyped-def]
 
 
 @jit
+def meet(b, kind, square, table, settled):  # type: ignore[no-untyped-def]
+    """Carry a block to a surface, in whose frame it is, and through it."""
+    if kind == SPHERE:
+        _sphere(b, table, square)
+    elif kind == ASPHERE:
+        _asphere(b, table, square, settled)
+    elif kind == CUBIC:
+        _cubic(b, table, square, settled)
+    elif kind != END:
+        _plane(b, table, square, kind == PLANE)
+        if kind == THIN:
+            _thin_lens(b, table)
+
+
+@jit
 def trace_block(b, kind, flags, shape, settled):  # type: ignore[no-untyped-def]
     """Carry a block from the plane of the first vertex through all surfaces; z then counts from the last vertex."""
     for s in range(len(kind)):
-        table, square = shape[s], flags[s, 0] != 0
-        _enter(b, table, flags[s, 1] != 0)
-        if kind[s] == SPHERE:
-            _sphere(b, table, square)
-        elif kind[s] == ASPHERE:
-            _asphere(b, table, square, settled)
-        elif kind[s] == CUBIC:
-            _cubic(b, table, square, settled)
-        elif kind[s] != END:
-            _plane(b, table, square, kind[s] == PLANE)
-            if kind[s] == THIN:
-                _thin_lens(b, table)
+        enter(b, shape[s], flags[s, 1] != 0)
+        meet(b, kind[s], flags[s, 0] != 0, shape[s], settled)
 
 
 @jit

@@ -146,7 +146,9 @@ class Lens:
         valid = (ray.is_valid > 0) & torch.isfinite(ray.o).all(-1) & torch.isfinite(ray.d).all(-1)
         return Rays(ray.o, ray.d, valid)
 
-    def check_wavelengths(self, wavelengths_um: tuple[float, ...]) -> None:
+    def check_wavelengths(
+        self, wavelengths_um: tuple[float, ...], *, cure: str = "choose another --wavelength"
+    ) -> None:
         """Raise LensError if the data of one of the glasses does not reach a wavelength."""
         for surface in self.geo.surfaces:
             reach = surface.mat2.wvln_range
@@ -154,7 +156,7 @@ class Lens:
                 if not reach[0] <= wavelength_um <= reach[1]:
                     raise LensError(
                         f"wavelength {wavelength_um:g} um is outside the data of glass {surface.mat2.name} in lens "
-                        f"{self.name}: {reach[0]:g} to {reach[1]:g} um; choose another --wavelength"
+                        f"{self.name}: {reach[0]:g} to {reach[1]:g} um; {cure}"
                     )
 
     def _stop_down(self, fnum: float) -> None:

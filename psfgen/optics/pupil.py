@@ -23,6 +23,7 @@ CHIEF_STEPS = 20
 CHIEF_TOLERANCE_MM = 1e-10
 COARSE_RAYS = 500  # of a look at which part of the pupil is open
 OPEN_ENOUGH = 0.9  # share of the disc that must be open for the disc to be used as it is
+PARAXIAL = 1e-3  # of the field
 FEWEST_OPEN = 8  # open rays of that look that tell a shape
 COARSE_STEP = math.sqrt(math.pi / COARSE_RAYS)  # spacing of those rays, in radii of the disc
 
@@ -113,6 +114,17 @@ def chief_rays(lens: Lens, tracer: Tracer, field_xy: Tensor, depth_mm: float) ->
     rays = tracer.trace(*aim(lens, field_xy, depth_mm, pupil_xy), lens.reference_um, clip=False)
     settled = miss(pupil_xy)[:, 0].norm(dim=-1) < 1e-6
     return Rays(rays.o, rays.d, rays.valid & settled.to(lens.device))
+
+
+def exit_pupil_z_mm(lens: Lens, tracer: Tracer) -> float:
+    """Where the exit pupil is: where chief rays that are nearly the axis, behind the lens, cross each other.
+
+    It may be far away, on either side.
+    """
+    field_xy = PARAXIAL * torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    rays = chief_rays(lens, tracer, field_xy, math.inf)
+    apart, closing = rays.at(lens.last_vertex_mm).diff(dim=0)[0], (rays.d[:, :2] / rays.d[:, 2:]).diff(dim=0)[0]
+    return lens.last_vertex_mm - float((apart * closing).sum() / (closing**2).sum().clamp(min=1e-18))
 
 
 def launch_areas(

@@ -250,7 +250,7 @@ class Part:
         held = Counter(name for name, _ in self._at)
         return [
             name
-            for name in schema.ARRAY_DIMS
+            for name in self.spec.arrays
             if held[name] != prod(-(-n // c) for n, c in zip(self._shape(name), self.spec.chunks(name), strict=True))
         ]
 
@@ -259,7 +259,7 @@ class Part:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             with new_file(temporary) as (file, check):
-                for name in schema.ARRAY_DIMS:
+                for name in self.spec.arrays:
                     array = create_array(file, name, self._shape(name), self.spec.chunks(name), _dtype(name))
                     for offset in sorted(at for of, at in self._at if of == name):
                         where, length = self._at[name, offset]
@@ -303,7 +303,7 @@ def _lay_out(path: Path, name: str, spec: schema.StoreSpec) -> None:
             file.attrs[key] = json.dumps(value) if key in nested else value
         file.attrs["json_attributes"] = " ".join(nested)
         write_coords(file, {name: np.asarray(values, np.float64) for name, values in spec.coords.items()})
-        for array in schema.ARRAY_DIMS:
+        for array in spec.arrays:
             dims, shape = spec.dims(array), spec.shape(array)
             layout = h5py.VirtualLayout(shape, _dtype(array))
             layout.dcpl.set_obj_track_times(False)

@@ -36,7 +36,9 @@ ARRAY_DIMS: dict[str, tuple[str, ...]] = {
     "noise_binned": KERNELS,
     "chief_x_mm": ("focus", *FIELD),
     "chief_y_mm": ("focus", *FIELD),
+    "model": KERNELS,
 }
+ONLY_OF_ENGINE = {"model": "auto"}  # arrays that stores of other engines do not have
 ARRAY_ATTRS: dict[str, dict[str, str]] = {
     "psf": {"units": "1", "long_name": "point-spread function: sums to 1, upright, centred on the chief ray"},
     "psf_binned": {"units": "1", "long_name": "psf over bins of the same window, by exact area overlap"},
@@ -46,6 +48,7 @@ ARRAY_ATTRS: dict[str, dict[str, str]] = {
     "noise_binned": {"units": "1", "long_name": "estimated relative L2 error of psf_binned"},
     "chief_x_mm": {"units": "mm", "long_name": "x of the chief ray on the sensor, upright"},
     "chief_y_mm": {"units": "mm", "long_name": "y of the chief ray on the sensor, upright"},
+    "model": {"units": "1", "long_name": "share of engine wave in psf; the rest is of engine geometric"},
 }
 COORD_DIMS: dict[str, str] = {"focus_dioptre": "focus", "depth_dioptre": "depth"}
 COORD_ATTRS: dict[str, dict[str, str]] = {
@@ -111,6 +114,12 @@ class StoreSpec:
 
     coords: Mapping[str, NDArray[np.float64]]
     attrs: Mapping[str, Any]
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of its arrays."""
+        engine = self.attrs.get("engine")
+        return tuple(name for name in ARRAY_DIMS if ONLY_OF_ENGINE.get(name, engine) == engine)
 
     @property
     def kernel_dims(self) -> tuple[str, ...]:

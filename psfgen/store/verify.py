@@ -51,7 +51,7 @@ def _structure(store: Store) -> Iterator[str]:
         steps = np.diff(-values if name in (*schema.DESCENDING, "focus_dioptre", "depth_dioptre") else values)
         if values.ndim != 1 or np.isnan(values).any() or not (steps > 0).all():
             yield f"coordinate {name} is not strictly monotonic"
-    for name in schema.ARRAY_DIMS:
+    for name in store.spec.arrays:
         try:
             shape = store.read(name, depth=slice(0, 0)).shape
         except StoreCorrupt as error:
@@ -107,9 +107,12 @@ def _values(store: Store, index: int) -> Iterator[str]:
         for what, values in (("throughput", throughput), ("captured", captured)):
             if not ((values >= 0) & (values <= 1 + 1e-6)).all():
                 yield f"block {name}: {what} leaves [0, 1]"
-        for what in ("noise", "noise_binned"):
-            if not np.array_equal(np.isnan(store.read(what, **here)), dark):
+        for what in sorted({"noise", "noise_binned", "model"}.intersection(store.spec.arrays)):
+            values = store.read(what, **here)
+            if not np.array_equal(np.isnan(values), dark):
                 yield f"block {name}: {what} is not NaN exactly where throughput or captured is 0"
+            if what == "model" and ((values < 0) | (values > 1)).any():
+                yield f"block {name}: {what} leaves [0, 1]"
         for what in ("chief_x_mm", "chief_y_mm"):
             if not np.isfinite(store.read(what, **here)).all():
                 yield f"block {name}: {what} is not finite"

@@ -190,7 +190,7 @@ class ZarrStore:
     def chunk_files(self, block: int) -> list[str]:
         """Paths, relative to the store, of the chunk files that a block owns."""
         paths = []
-        for name in schema.ARRAY_DIMS:
+        for name in self.spec.arrays:
             counts = [range(-(-n // c)) for n, c in zip(self.spec.shape(name), self.spec.chunks(name), strict=True)]
             for dim, at in self.spec.block_at(block).items():
                 counts[self.spec.dims(name).index(dim)] = range(at, at + 1)
@@ -258,7 +258,7 @@ def _lay_out(path: Path, spec: schema.StoreSpec) -> None:
             attributes=dict(schema.COORD_ATTRS[name]),
         )
         array[:] = values
-    for name in schema.ARRAY_DIMS:
+    for name in spec.arrays:
         dims = spec.dims(name)
         group.create_array(
             name,
