@@ -37,7 +37,8 @@ from psftrain.run import load_run
 
 SETS = ROOT / "configs" / "render" / "copies"
 SIDE, MEASURED_SIDE, HELD_SIDE, MANY_SIDE = 8, 3, 16, 5  # field points a side
-TRAIN_SEED, TEST_SEED, MANY_SEED = 0, 1, 2  # no copy is seen twice
+TRAIN_SEED, MANY_SEED = 0, 2  # no copy is seen twice
+TEST_SEED = 3  # while the model was made, the copies of seed 1 were in view
 ROUGH = 0.03  # tolerance of the many copies, of which only centroids and sizes are asked
 AS_DESIGNED = [("tolerances.decentre_mm", 0), ("tolerances.tilt_deg", 0)]
 FEWER = (4, 1, 0)  # kernels measured of a copy, beside all 9

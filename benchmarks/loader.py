@@ -67,7 +67,7 @@ def main() -> None:
 def synthetic(base: Path, depths: int) -> Store:
     """A store of so many depths, each with the same kernels: 20 x 20 points, 4 focus distances."""
     rendered = render(RenderConfig.model_validate({**JOB, "depth": "2m", "out": str(base / "kernels.zarr")}))
-    arrays = {name: rendered.read(name) for name in schema.ARRAY_DIMS}
+    arrays = {name: rendered.read(name) for name in rendered.spec.arrays}
     lens, plan = load(RenderConfig.model_validate({**JOB, "depth": f"0.4m:20m:{depths}"}), "cpu")
     spec = schema.StoreSpec(plan.coords, attributes(Specimens(lens, plan), "cpu"))
     store = store_class("zarr").create(base / "many.zarr", spec)

@@ -55,7 +55,7 @@ def kernels(base: Path, mib: int) -> tuple[schema.StoreSpec, Arrays]:
     """The spec of a store of so many MiB, and the arrays of one of its blocks."""
     job = {"depth": "2m", "workers": 1, "device": "cpu", "tolerance": 0.1, "out": str(base / "kernels.zarr")}
     store = render(RenderConfig.model_validate(job))
-    arrays = {name: store.read(name) for name in schema.ARRAY_DIMS}
+    arrays = {name: store.read(name) for name in store.spec.arrays}
     blocks = 4 * max(1, round(mib * 2**20 / sum(values.nbytes for values in arrays.values()) / 4))
     lens, plan = load(RenderConfig.model_validate({**job, "depth": f"1m:2m:{blocks}"}), "cpu")
     return schema.StoreSpec(plan.coords, attributes(Specimens(lens, plan), "cpu")), arrays

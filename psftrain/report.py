@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
@@ -17,6 +18,8 @@ from psftrain import advice
 from psftrain.calibration import reliability
 from psftrain.config import LossConfig
 from psftrain.evaluate import SCORES, Evaluation
+
+LEAST_ERROR = 1e-6  # in pictures, whose scale is logarithmic
 
 TITLES = {
     "prior_mean": "model, prior mean",
@@ -159,7 +162,7 @@ def _markdown(report: dict[str, Any], advice: str) -> str:
     header, *rows = table(report)
     warning = collapse(report)
     lines = [
-        f"# {report['model']} after {report['step']} steps",
+        f"# {report['model']} after {report['step']} step{'' if report['step'] == 1 else 's'}",
         "",
         headline(report, advice),
         *(["", f"**Warning:** {warning}"] if warning else []),
@@ -173,15 +176,24 @@ def _markdown(report: dict[str, Any], advice: str) -> str:
         "",
         LEGEND,
         *(line for remark in remarks(report) for line in ("", remark)),
-        "",
-        f"KL of the posterior from the prior: {report['kl_nats']:.3f} nats, "
-        f"{report['active_dims']} of {report['latent_dims']} latent dimensions active.",
+        *_latents(report),
         "",
         "![examples](examples.png)",
         "![error over the field](error_map.png)",
         "",
     ]
     return "\n".join(lines)
+
+
+def _latents(report: dict[str, Any]) -> list[str]:
+    """What the posterior does; nothing of a model of one specimen, which has no latents."""
+    if not report["latent_dims"]:
+        return []
+    return [
+        "",
+        f"KL of the posterior from the prior: {report['kl_nats']:.3f} nats, "
+        f"{report['active_dims']} of {report['latent_dims']} latent dimensions active.",
+    ]
 
 
 def _examples(evaluation: Evaluation) -> Figure:
@@ -224,7 +236,7 @@ def _examples(evaluation: Evaluation) -> Figure:
 
 
 def _error_map(evaluation: Evaluation) -> Figure:
-    """Relative error over the field, of the model and of the best classical row, on one scale."""
+    """Relative error over the field, of the model and of the best classical row, on one logarithmic scale."""
     best = evaluation.report["best_classical"]
     names = ["prior_mean", *([best] if best else [])]
     # One colour a field point: the mean over depths and focus distances.
@@ -234,15 +246,16 @@ def _error_map(evaluation: Evaluation) -> Figure:
     figure = Figure(figsize=(4.6 * len(names) + 0.8, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(names), squeeze=False)[0]
-    top = max(float(np.quantile(mean, 0.98)) for mean in means.values())
+    seen = 100 * np.maximum(np.concatenate(list(means.values())), LEAST_ERROR)
+    scale = LogNorm(*np.quantile(seen, (0.02, 0.98))) if np.ptp(seen) else None
     for ax, name in zip(axes, names, strict=True):
-        drawn = ax.scatter(*places.T, c=100 * means[name], s=18, vmin=0, vmax=100 * max(top, 1e-6), cmap="viridis")
+        drawn = ax.scatter(*places.T, c=100 * np.maximum(means[name], LEAST_ERROR), s=18, norm=scale, cmap="viridis")
         ax.set_title(f"{TITLES[name]}: mean {evaluation.errors[name].mean():.1%}", fontsize=10)
         ax.set_aspect("equal")
         ax.set_xlabel("field x")
         ax.set_ylabel("field y")
     figure.colorbar(
-        drawn, ax=list(axes), label="relative L2 error, %, mean over depths and focus distances", extend="max"
+        drawn, ax=list(axes), label="relative L2 error, %, mean over depths and focus distances", extend="both"
     )
     return figure
 

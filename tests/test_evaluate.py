@@ -78,10 +78,12 @@ def mine(place: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(place / "run", tmp_path / "run", ignore=shutil.ignore_patterns("eval")))
 
 
-def answer(run: Path, store: Path | None = None, *, baselines: bool = True) -> tuple[dict[str, Any], str]:
+def answer(
+    run: Path, store: Path | None = None, *, baselines: bool = True, mlp_steps: int | None = None
+) -> tuple[dict[str, Any], str]:
     """The document and the text of `psftrain eval`, without its files."""
     trained = load_run(run)
-    found = evaluate(trained, str(store) if store else None, baselines=baselines).report
+    found = evaluate(trained, str(store) if store else None, baselines=baselines, mlp_steps=mlp_steps).report
     return found, as_text(found, heldout_command(open_store(trained.config.store[0]), trained.path))
 
 
@@ -445,7 +447,7 @@ def test_the_nearer_the_nodes_the_harder_to_beat(good: Path, tmp_path: Path) -> 
     ratios = []
     for step in range(8):
         away = 0.005 * 1.7**step
-        report, text = answer(good, make_store(tmp_path / f"{step}.zarr", grid=4, field_max=1 - away))
+        report, text = answer(good, make_store(tmp_path / f"{step}.zarr", grid=4, field_max=1 - away), mlp_steps=1)
         ours, theirs = (report["rows"][name]["rel_l2"]["mean"] for name in ("prior_mean", report["best_classical"]))
         assert report["beats_best_classical"] == (ours < theirs)
         assert ("does NOT beat" in text) == (ours >= theirs)

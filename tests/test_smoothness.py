@@ -126,7 +126,7 @@ def term(objective: Objective, batch: Batch) -> Tensor:
 # --- the estimates ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("smooth_over", ["batch", "grid"])
+@pytest.mark.parametrize("smooth_over", ["batch", pytest.param("grid", marks=pytest.mark.campaign)])
 def test_ten_thousand_draws_find_the_mean_over_all_pairs(smooth_over: str) -> None:
     """Within 1 %, on masked grids of uneven sizes, from batches of 32 drawn with replacement."""
     rng = torch.Generator().manual_seed(5)

@@ -19,7 +19,7 @@ from psfgen.errors import StoreIncomplete
 from psfgen.outofcore import StoreArray, dask_array
 from psfgen.render import render
 from psfgen.stats import ERRORS, FINE, QUANTITIES, SHARES, SHOWN, statistics
-from psfgen.store import Store, open_store, schema
+from psfgen.store import Store, open_store
 
 
 @pytest.fixture(params=["finished", "copies", "dark"])
@@ -117,7 +117,7 @@ def test_nothing_but_dark_kernels(tmp_path: Path, psfgen: Psfgen) -> None:
 
 def test_a_dask_array_is_the_array(copies: Path) -> None:
     store = open_store(copies)
-    for name in schema.ARRAY_DIMS:
+    for name in store.spec.arrays:
         array = dask_array(store, name)
         assert (array.shape, array.dtype) == (store.spec.shape(name), store.read(name).dtype)
         assert array.chunksize == store.spec.chunks(name)

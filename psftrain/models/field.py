@@ -29,7 +29,7 @@ from psfgen.store import Store
 from psftrain.canonical.thinplate import ThinPlate
 from psftrain.data import COPY, STORE, Examples, Places, read_examples
 from psftrain.models.expected import calibrated, expected_of
-from psftrain.models.folds import doubts, folds, foretold
+from psftrain.models.folds import LEAST_ERROR, WITNESSES, doubts, folds, foretold
 from psftrain.models.layers import hats, lit, on_the_simplex
 from psftrain.models.rays import RayCVAE
 from psftrain.models.solved import require_one_store
@@ -45,7 +45,6 @@ Array = NDArray[np.float64]
 
 DEFAULTS: dict[str, Any] = {"steps": 1}
 FEW = 64  # kernels so few that each shapes the map: it is found anew to foretell those left out
-LEAST_ERROR = 1e-5
 MOST_WEIGHTS = 2**26  # numbers of a correction; a larger one is left out
 BATCH = 256
 NEARLY_UM = 1e-6
@@ -82,6 +81,7 @@ class FieldCVAE(RayCVAE):
     focus_knots: Tensor
     witnesses: Tensor
     left_out: Tensor
+    usual: Tensor
     rest: Tensor
 
     # --- what is learned ----------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ class FieldCVAE(RayCVAE):
         none = np.zeros((0, *found.coefficients.shape))
         alone = Family(found.terms, wavelength_um, found.coefficients, none, found.misfit)
         self._hold(alone, gathered.kernel_px)
-        left_out = self._correct(examples, gathered, partial(find, done=lambda share: done(SHARE_OF_MAP)))
+        left_out = self._correct(examples, gathered, partial(find, done=lambda share: done(SHARE_OF_MAP)), threads)
         return _misfits(alone) | ({} if left_out is None else {"left_out/rel_l2": left_out})
 
     def _learn_copies(
@@ -124,7 +124,8 @@ class FieldCVAE(RayCVAE):
         )
         self._hold(family, gathered.kernel_px)
         copies = lit_copies(*gathered)
-        rest = calibrated(self, copies, threads, seed, lambda part: done(share + (1 - share) * part))
+        usual, rest = calibrated(self, copies, threads, seed, lambda part: done(share + (1 - share) * part))
+        self.hold("usual", usual)
         self.hold("rest", rest)
         return _misfits(family)
 
@@ -151,7 +152,9 @@ class FieldCVAE(RayCVAE):
         self.hold("witnesses", torch.tensor(nodes).float())
         self.hold("left_out", torch.tensor(np.log(np.maximum(chosen.expected, LEAST_ERROR))).float())
 
-    def _correct(self, examples: Examples, gathered: Gathered, find: Callable[..., RayMap]) -> float | None:
+    def _correct(
+        self, examples: Examples, gathered: Gathered, find: Callable[..., RayMap], threads: Executor
+    ) -> float | None:
         """Choose and hold the correction; returns the mean error of points left out, None without a correction."""
         nodes, node, depth, focus = field_nodes(examples.condition)
         knots = [torch.unique(examples.condition[:, column]) for column in (2, 3)]
@@ -173,9 +176,9 @@ class FieldCVAE(RayCVAE):
             chosen = correction.choose(splines, *(unfolded(kernels, node, slice_, shape) for kernels in judged))
         self._hold_correction(chosen, nodes, correction.weights(splines, chosen, truth, mapped), (knots[0], knots[1]))
         if others:
-            witnesses, far = doubts(self, others, torch.cartesian_prod(*knots).view(-1, 2))
-            self.hold("witnesses", witnesses)
-            self.hold("left_out", far.clamp_min(LEAST_ERROR).log())
+            told = doubts(self, gathered, others, torch.cartesian_prod(*knots).view(-1, 2), threads)
+            self.hold("witnesses", torch.linspace(-1, 1, WITNESSES))
+            self.hold("left_out", told)
         return chosen.error
 
     # --- other wavelengths --------------------------------------------------------------------------------------------
@@ -230,15 +233,22 @@ class FieldCVAE(RayCVAE):
         Of copies: how far those that are still likely differ, and what the family cannot tell.
         """
         if self.solved and self.latent:
-            return expected_of(self, self.place(condition), self.rest)
+            return expected_of(self, self.place(condition), self.usual, self.rest)
         if not self.solved or not len(self.witnesses):
             return None
-        near = 1 / ((condition[:, None, :2] - self.witnesses).square().sum(dim=-1) + NEAR**2)
-        of_nodes = near / near.sum(dim=-1, keepdim=True)
+        of_nodes = self._of_witnesses(condition[:, :2])
         known = self.left_out.isfinite().to(of_nodes)
         told, over_nodes = self.left_out.nan_to_num() * known, "bn,sn->bs"
         of_slices = torch.einsum(over_nodes, of_nodes, told) / torch.einsum(over_nodes, of_nodes, known)
         return (self._of_slices(condition) * of_slices).sum(dim=1).exp()
+
+    def _of_witnesses(self, field: Tensor) -> Tensor:
+        """The weights [B, V] of witnesses: of those on a grid in linear interpolation, of others by distance."""
+        if self.witnesses.dim() == 1:
+            across, up = (hats(column, self.witnesses) for column in field.T)
+            return (across[:, :, None] * up[:, None]).flatten(1)
+        near = 1 / ((field[:, None] - self.witnesses).square().sum(dim=-1) + NEAR**2)
+        return near / near.sum(dim=-1, keepdim=True)
 
     def _of_slices(self, condition: Tensor) -> Tensor:
         """The weights [B, S] of the trained depths and focus distances in linear interpolation between them."""
