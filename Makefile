@@ -8,12 +8,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash pipelines/demo.sh demo
 
+# Several run at once, so each with one thread of OpenMP.
+test slurm campaign: export OMP_NUM_THREADS = 1
+
 test: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	find psfgen -name '*.nb?' -delete  # numba does not notice that a module which it compiled from has changed
+	find psfgen psftrain -name '*.nb?' -delete  # numba does not notice that a module which it compiled from has changed
 	$(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 # A real one-node Slurm, started for the tests; needs slurmctld slurmd slurm-client munge, and takes some 3 minutes.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import json
+import math
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import time
 import traceback
 import warnings
@@ -78,6 +82,7 @@ SURF 4
   DISZ 0.0
 """
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is told to ignore Ctrl-C
 torch.set_num_threads(1)  # torch's threads meet after every operation, which crawls on a shared machine
 lens = functools.cache(Lens)
 
@@ -114,6 +119,27 @@ def variant(folder: Path, name: str, change: Callable[[dict[str, Any]], object])
     return path
 
 
+def in_optiland(document: dict[str, Any], of: Lens, wavelength_um: float, sensor_z_mm: float | None = None) -> Any:
+    """The same prescription in optiland, with DeepLens's glass, and its own sensor distance unless one is given."""
+    from optiland.materials import IdealMaterial
+    from optiland.optic import Optic
+
+    optic = Optic()
+    optic.surfaces.add(index=0, thickness=math.inf)
+    last = len(document["surfaces"]) - 1
+    for index, surface in enumerate(document["surfaces"]):
+        glass = of.geo.surfaces[index].mat2.refractive_index(wavelength_um)
+        shape: dict[str, Any] = {"radius": surface.get("roc", math.inf), "conic": surface.get("k", 0.0)}
+        if surface["type"] == "Aspheric":
+            coefficients = surface["ai"] if surface["use_ai2"] else [0.0, *surface["ai"]]
+            shape |= {"surface_type": "even_asphere", "coefficients": coefficients}
+        behind = surface["d_next"] if index < last or sensor_z_mm is None else sensor_z_mm - of.last_vertex_mm
+        stop, material = index == of.stop_index, IdealMaterial(float(glass))
+        optic.surfaces.add(index=index + 1, thickness=behind, material=material, is_stop=stop, **shape)
+    optic.surfaces.add(index=last + 2)
+    return optic
+
+
 def contents(store: Path) -> dict[str, bytes]:
     """Every file below a folder, by relative path; of an HDF5 store the master and all that lies beside it."""
     if store.suffix == ".h5":
@@ -146,12 +172,12 @@ def doctor(path: Path, block: int, change: Callable[[str, NDArray[Any]], object]
 
     `change(name, values)` is called for each array [with every dim], whose values it may alter.
     """
-    from psfgen.store import open_store, schema
+    from psfgen.store import open_store
 
     store = open_store(path)
     entry = store.ledger.read(store.blocks[block])
     here = {dim: slice(at, at + 1) for dim, at in store.spec.block_at(block).items()}
-    for name in schema.ARRAY_DIMS:
+    for name in store.spec.arrays:
         values = store.read(name, **here)
         change(name, values)
         store.write(block, name, values)
@@ -168,6 +194,13 @@ def put(name: str, index: Any, value: float) -> Callable[[str, NDArray[Any]], No
     return change
 
 
+@pytest.fixture(autouse=True)
+def one_thread_again() -> Iterator[None]:
+    """A parallel loop of numba (optiland has some) gives OpenMP more; a forked child would wait for them forever."""
+    yield
+    torch.set_num_threads(1)
+
+
 def fork(work: Callable[[], object]) -> int:
     """Run `work` in a child of this process, whose imports are done; returns its pid.
 
@@ -179,6 +212,7 @@ def fork(work: Callable[[], object]) -> int:
     if pid == 0:
         code = 70
         try:
+            faulthandler.dump_traceback_later(100, file=sys.__stderr__)  # before the test's timeout: where it hangs
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
             work()
             code = 0

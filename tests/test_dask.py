@@ -89,6 +89,7 @@ def killing(store: Path, block: str, times: int) -> Iterator[list[int]]:
         hunter.join()
 
 
+@pytest.mark.campaign
 def test_two_of_four_workers_die(tmp_path: Path, local: dict[str, bytes], capfd: pytest.CaptureFixture[str]) -> None:
     path, made = tmp_path / "psfs.zarr", []
     with killing(path, "*", 2) as killed:
@@ -115,6 +116,17 @@ def test_a_block_that_kills_its_workers(tmp_path: Path, scheduler: str, local: d
     assert list(found.ledger.failed()) == ["depth-0005"]
     assert render(job).missing() == []
     assert arrays(path) == local
+
+
+@pytest.mark.parametrize("engine", [pytest.param("wave", marks=pytest.mark.campaign), "auto"])
+def test_engines_that_diffract(tmp_path: Path, scheduler: str, engine: str) -> None:
+    """They too give the bytes of a local render."""
+    job = {"engine": engine, "spp": None, "tolerance": 0.05}
+    stores = [tmp_path / name / "psfs.zarr" for name in ("dask", "local")]
+    for path, where in zip(stores, ({"executor": "dask", "dask": {"scheduler": scheduler}}, {}), strict=True):
+        path.parent.mkdir()
+        render(tiny(path, **job, **where))
+    assert arrays(stores[0]) == arrays(stores[1])
 
 
 def test_a_block_that_fails(tmp_path: Path, scheduler: str) -> None:

@@ -135,7 +135,7 @@ def test_validation_does_not_depend_on_the_number_of_processes(three_stores: lis
 # --- stopping and going on --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=pytest.mark.campaign)])
 def test_a_signal_to_one_stops_all_after_the_same_step(
     one_store: list[Path], undisturbed: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -257,7 +257,7 @@ def torchrun(*arguments: object, restarts: int = 0) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_torchrun_restarts_what_was_killed(one_store: list[Path], undisturbed: Path, tmp_path: Path) -> None:
     """kill -9 to one of its processes: all start again from the last checkpoint and finish, bit for bit."""
     run = tmp_path / "run"

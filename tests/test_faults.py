@@ -26,7 +26,9 @@ from psftrain.fit import fit
 ENDINGS = ["psfs.zarr", "psfs.h5"]
 
 
-def killed_and_resumed(whole: Path, folder: Path, kills: int, workers: int, seed: int) -> tuple[int, int]:
+def killed_and_resumed(
+    whole: Path, folder: Path, kills: int, workers: int, seed: int, **changes: Any
+) -> tuple[int, int]:
     """SIGKILL `kills` renders at random moments; returns in how many a store, and a block, had been made.
 
     After each kill every block that the ledger names must be sound, and what remains is rendered by the next
@@ -34,11 +36,11 @@ def killed_and_resumed(whole: Path, folder: Path, kills: int, workers: int, seed
     """
     draw, path, expected = random.Random(seed), folder / whole.name, arrays(whole)
     began = time.monotonic()
-    wait_for(fork(lambda: render(tiny(folder / f"timed-{whole.name}", workers=workers))))
+    wait_for(fork(lambda: render(tiny(folder / f"timed-{whole.name}", **changes, workers=workers))))
     span_s = time.monotonic() - began
     stores = blocks = 0
     for _ in range(kills):
-        pid = fork(lambda: render(tiny(path, workers=workers)))
+        pid = fork(lambda: render(tiny(path, **changes, workers=workers)))
         time.sleep(draw.uniform(0, 1.1 * span_s))  # the moment of the kill is the point here
         os.kill(pid, signal.SIGKILL)
         wait_for(pid)
@@ -49,7 +51,7 @@ def killed_and_resumed(whole: Path, folder: Path, kills: int, workers: int, seed
             blocks += bool(store.ledger.done())
             assert list(problems(store)) == []
             if not store.missing() or draw.random() < 0.5:
-                render(tiny(path))
+                render(tiny(path, **changes))
                 assert arrays(path) == expected
                 assert list(problems(open_store(path))) == []
                 repair(path)
@@ -60,7 +62,7 @@ def killed_and_resumed(whole: Path, folder: Path, kills: int, workers: int, seed
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked_workers")
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.campaign)])
 def test_random_kills_cost_nothing(either: Path, tmp_path: Path, workers: int) -> None:
     """A tenth of what `make campaign` does."""
     stores, _ = killed_and_resumed(either, tmp_path, 5, workers, seed=0)
@@ -74,6 +76,21 @@ def test_random_kills_cost_nothing(either: Path, tmp_path: Path, workers: int) -
 def test_fifty_random_kills_cost_nothing(either: Path, tmp_path: Path, workers: int) -> None:
     """In each format, alone and with workers: two hundred in all."""
     stores, blocks = killed_and_resumed(either, tmp_path, 50, workers, seed=1)
+    assert stores > 25
+    assert blocks > 10
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("forked_workers")
+@pytest.mark.parametrize("engine", ["wave", "auto"])
+@pytest.mark.parametrize("name", ENDINGS)
+def test_fifty_random_kills_of_engines_that_diffract(tmp_path: Path, engine: str, name: str) -> None:
+    changes: dict[str, Any] = {"engine": engine, "spp": None, "tolerance": 0.05}
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    whole = Path(render(tiny(tmp_path / "whole" / name, **changes)).path)
+    stores, blocks = killed_and_resumed(whole, tmp_path / "killed", 50, 1, seed=2, **changes)
     assert stores > 25
     assert blocks > 10
 

@@ -175,7 +175,7 @@ MOMENTS: dict[str, tuple[str, Callable[..., bool]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [TERM, KILL])
+@pytest.mark.parametrize("number", [pytest.param(TERM, marks=pytest.mark.campaign), KILL])
 @pytest.mark.parametrize("fits", ["resident"], indirect=True)
 def test_stopped_when(fits: Fits, number: signal.Signals) -> None:
     """One run, stopped at one moment after another; a run that is about to finish does."""

@@ -43,7 +43,7 @@ def test_parts_are_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
     ran: list[tuple[str, bool]] = []
     monkeypatch.setattr(bake, "measure", lambda setting, quick: ran.append(("bake", quick)))
     monkeypatch.setattr(interpolate, "single_lenses", lambda given, setting: ran.append(("lenses", given.quick)))
-    command = ["interpolate.py", "--quick", "--work", str(tmp_path)]
+    command = ["interpolate.py", "--quick", "--threads", "1", "--work", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", [*command, "--parts", "bake"])
     with pytest.raises(SystemExit) as ended:
         interpolate.main()
@@ -59,7 +59,7 @@ def test_a_part_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         raise FitError("broken")
 
     monkeypatch.setattr(bake, "measure", fail)
-    assert interpolate.measured("bake", Setting(tmp_path), quick=True) == ["bake: broken"]
+    assert interpolate.measured("bake", Setting(tmp_path, 1), quick=True) == ["bake: broken"]
 
 
 # --- other distances --------------------------------------------------------------------------------------------------

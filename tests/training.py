@@ -31,10 +31,10 @@ from psftrain.conditioning import Conditioning, conditioning_of
 from psftrain.config import FitConfig, load_fit_config
 from psftrain.data import Examples, read_examples
 from psftrain.fit import fit
-from psftrain.models import MODELS, canonical, expected
+from psftrain.models import MODELS, canonical, expected, field, folds
 from psftrain.models.base import CVAE, Gaussian
 from psftrain.models.neural import NeuralCVAE
-from psftrain.raymap import copies, distances, search
+from psftrain.raymap import copies, distances, laplace, search
 from psftrain.raymap.stages import Stage
 from psftrain.raymap.terms import Reach
 from psftrain.solving import is_solved
@@ -324,6 +324,9 @@ def solve_quickly(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(copies, "TOGETHER", (copies.Round(finest, 8, 128, 2),))
     for name in ("MOVED", "FREED", "SHARPER", "LAST"):
         patch.setattr(distances, name, replace(few, keep=1))
+    for module in (field, folds):
+        patch.setattr(module, "WITNESSES", 9)
+    patch.setattr(laplace, "STAGE", replace(few, keep=1, rays=128))
     patch.setattr(search, "FINEST", finest)
     patch.setattr(search, "LAST", (replace(few, keep=1, reach=finest, rays=128),))
 
