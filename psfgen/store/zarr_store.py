@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
@@ -74,9 +73,7 @@ class ZarrStore:
         """
         folder = folder_of(path)
         store = cls(path, Seal(folder, {}))
-        with tempfile.TemporaryDirectory() as temporary:
-            _lay_out(Path(temporary), store.spec)
-            seal = Seal(folder, cls.sealed(temporary).files)
+        seal = Seal(folder, _laid_out(store.spec))
         seal.check(path, f"psfgen render --out {path} --overwrite")
         folder.write(SEALED, Seal.document(seal.files))
 
@@ -93,10 +90,12 @@ class ZarrStore:
     def _create_local(cls, path: str | Path, spec: schema.StoreSpec) -> None:
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        files = _laid_out(spec)
+        first = {name: forms[0] for name, forms in files.items()} | {SEALED: Seal.document(files)}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _errors_of(str(path)):
-                _lay_out(temporary, spec)
+            for name, data in first.items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                (temporary / name).write_bytes(data)
             temporary.rename(path)
         except OSError as error:
             if not cls.is_store(path):
@@ -110,9 +109,7 @@ class ZarrStore:
     def _create_remote(cls, path: str | Path, spec: schema.StoreSpec) -> None:
         """The first seal to arrive wins; its files follow, from whoever comes by, the root last of all."""
         folder = folder_of(path)
-        with tempfile.TemporaryDirectory() as temporary:
-            _lay_out(Path(temporary), spec)
-            folder.create(SEALED, LocalFolder(Path(temporary)).read(SEALED))
+        folder.create(SEALED, Seal.document(_laid_out(spec)))
         seal = cls.sealed(path)
         for name in sorted(seal.files, key=lambda name: name == "zarr.json"):
             folder.write(name, seal.files[name][0])
@@ -241,10 +238,15 @@ class ZarrStore:
         return self._arrays[name]
 
 
-def _lay_out(path: Path, spec: schema.StoreSpec) -> None:
-    """Write the metadata and the coordinates of an empty store, and seal them with what consolidation will write."""
+def _laid_out(spec: schema.StoreSpec) -> dict[str, list[bytes]]:
+    """The metadata and the coordinates of an empty store, file by file; then what consolidation will write.
+
+    In memory: zarr writes files side by side, and where one fails the others still come.
+    """
     codecs: Any = (ZstdCodec(level=1), Crc32cCodec())
-    group = zarr.create_group(store=str(path), attributes=schema.plain(spec.attrs))
+    held: dict[str, Any] = {}
+    place = zarr.storage.MemoryStore(held)
+    group = zarr.create_group(store=place, attributes=schema.plain(spec.attrs))
     for name, coordinate in spec.coords.items():
         values = np.asarray(coordinate, dtype=np.float64)
         array = group.create_array(
@@ -270,16 +272,14 @@ def _lay_out(path: Path, spec: schema.StoreSpec) -> None:
             dimension_names=dims,
             attributes={**schema.ARRAY_ATTRS[name], "coordinates": " ".join(schema.beside(dims))},
         )
-    folder = LocalFolder(path)
-    forms = {file: [folder.read(file)] for file in (str(f.relative_to(path)) for f in path.rglob("*") if f.is_file())}
+    files = {name: [data.to_bytes()] for name, data in held.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="Consolidated metadata", category=ZarrUserWarning
         )  # young in format 3
-        zarr.consolidate_metadata(str(path))
-    forms["zarr.json"].append(folder.read("zarr.json"))
-    folder.write(SEALED, Seal.document(forms))
-    folder.write("zarr.json", forms["zarr.json"][0])
+        zarr.consolidate_metadata(place)
+    files["zarr.json"].append(held["zarr.json"].to_bytes())
+    return files
 
 
 @contextmanager
