@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Psfgen, doctor, tiny
+from conftest import Disk, Psfgen, doctor, tiny
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.special import j1
@@ -280,6 +280,15 @@ def test_bad_input_is_one_line(psfgen: Psfgen, finished: Path, args: tuple[str, 
     ran = psfgen("mtf", finished, "--focus", "inf", *args)
     assert (ran.code, ran.out) == (code, "")
     assert re.fullmatch(rf"error: {line}", ran.err.splitlines()[-1])
+
+
+def test_a_table_for_which_there_is_no_space_leaves_the_old_one(disk: Disk, finished: Path, psfgen: Psfgen) -> None:
+    disk.remount("size=8k")
+    (disk.path / "m.csv").write_text("before")
+    ran = psfgen("mtf", finished, "--csv", disk.path / "m.csv")
+    assert (ran.code, ran.out) == (1, "")
+    assert "m.csv cannot be written: No space left on device" in ran.err
+    assert [(path.name, path.read_text()) for path in disk.path.iterdir()] == [("m.csv", "before")]
 
 
 def test_no_store_and_half_a_store_are_refused(psfgen: Psfgen, store: Path) -> None:
