@@ -78,8 +78,8 @@ def _warn_of_a_stranger(trained: Trained, model: FieldCVAE, store: str, farthest
     misfit, usual = (values.square().mean().sqrt().item() for values in (model.residual, model.noise))
     if misfit > STRANGE * usual or farthest > FARTHEST:
         log.warning(
-            "%s is of no such copy as %s was trained on: its kernels are met to %.2g %%, theirs to %.2g %%, and a "
-            "latent is %.1f standard deviations from the mean; train on copies of larger tolerances",
+            "%s is of no such copy as %s was trained on: its kernels are met to %.2g %% RMS, theirs to %.2g %%, "
+            "and a latent is %.1f standard deviations from the mean; train on more copies, or of larger tolerances",
             store,
             trained.path,
             100 * misfit,

@@ -147,7 +147,7 @@ CUT_JOB: dict[str, Any] = {"grid": 4, "depth": "1m,inf", "focus": "1m,2m,4m,inf"
         {"tracer": "numba"},
         {"tracer": "torch"},
         pytest.param({"tracer": "deeplens"}, marks=pytest.mark.campaign),
-        {"tracer": "numba", "lens": "phone", "pitch_um": 4.0},
+        pytest.param({"tracer": "numba", "lens": "phone", "pitch_um": 4.0}, marks=pytest.mark.campaign),
         pytest.param({"tracer": "torch", "lens": "phone", "pitch_um": 4.0}, marks=pytest.mark.campaign),
         {"spp": None, "tolerance": 0.05},
         {"perturb": ({"element": 0, "tilt_deg": (0.2, 0.0)},)},

@@ -77,7 +77,7 @@ ROUGH = {"loss__smooth": 0.1}  # a smoothness that weighs
     ("which", "settings"),
     [
         pytest.param("one_store", {"steps": 200}, id="one store"),
-        pytest.param("three_stores", {"steps": 200}, id="three stores"),
+        pytest.param("three_stores", {"steps": 200}, id="three stores", marks=pytest.mark.campaign),
         pytest.param(
             "three_stores",
             {"loss__kl": 0.3, "loss__noise_half": 0.02, "loss__smooth": 0.1},

@@ -75,7 +75,7 @@ def test_the_number_of_cores_changes_nothing(finished: Path, tmp_path: Path) -> 
     assert arrays(tmp_path / "psfs.zarr") == arrays(finished)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.usefixtures("workers_may_be_killed")
 def test_the_number_of_workers_changes_nothing(finished: Path, tmp_path: Path) -> None:
     path, counted = tmp_path / "psfs.zarr", []
