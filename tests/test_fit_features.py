@@ -427,7 +427,7 @@ def test_where_a_run_is_computed_may_change(
 
 @pytest.mark.campaign  # a minute of the compiler
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile compiles C++, and g++ is not installed")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_a_run_may_go_on_compiled(store: Path, plain: Path, tmp_path: Path) -> None:
     stop_at(job(store, tmp_path / "run"), 6)

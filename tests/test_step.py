@@ -119,7 +119,7 @@ def test_float64_is_float64_throughout(store: Path, tmp_path: Path) -> None:
 
 @pytest.mark.campaign  # a minute of the compiler
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile compiles C++, and g++ is not installed")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_a_compiled_step_is_the_step(store: Path, tmp_path: Path) -> None:
     plain, compiled = (prepared(job(store, tmp_path, precision="float64", compile=c)) for c in (False, True))
