@@ -235,6 +235,7 @@ def _document(trained: Trained, task: _Task, scores: _Scores) -> dict[str, Any]:
         "run": str(trained.path),
         "train_store": paths[0] if len(paths) == 1 else paths,
         "heldout_store": task.path,
+        "adapted": stores_of(trained) != list(trained.config.store),
         "held_out": task.unseen,
         "n": len(scores.truth),
         "n_masked": task.held.masked + int((~scores.scored).sum()),

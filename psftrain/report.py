@@ -81,7 +81,9 @@ def remarks(report: dict[str, Any]) -> list[str]:
             f"tracing with {traced['spp']} rays a kernel errs {error:.2%} in {traced['ms_per_psf']:.3f} ms, the model "
             f"{traced['prior_mean_there']:.2%} in {ours['ms_per_psf']:.3f} ms on the same {traced['n']} points"
         )
-        if faster and better:
+        if report["adapted"]:
+            found.append(f"{costs}; but only a simulation knows how this copy is misaligned, the model saw its kernels")
+        elif faster and better:
             found.append(f"TRACE IT: {costs}; where the lens is known as well as here, tracing is faster and better")
         elif better:
             found.append(f"{costs}; the model is {traced['ms_per_psf'] / ours['ms_per_psf']:.1f} times as fast")

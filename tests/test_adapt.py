@@ -88,7 +88,8 @@ def test_the_more_is_measured_the_less_is_left_open(folder: Path) -> None:
 
 def test_expected_errors_rank_as_true_ones(folder: Path) -> None:
     """Over copies measured well and badly; and they are of the right size."""
-    trained = load_run(folder / "fit")
+    fit_quickly(make_store(folder / "many.zarr", grid=4, copies=24, **LENS), folder / "many", "field_cvae")
+    trained = load_run(folder / "many")
     model, store = trained.model, open_store(folder / "measured.zarr")
     assert isinstance(model, FieldCVAE)
     examples = read_examples([store], trained.conditioning, "psf_binned")
@@ -108,7 +109,7 @@ def test_expected_errors_rank_as_true_ones(folder: Path) -> None:
         hoped.append(expected.numpy())
         errors.append(rel_l2(found.numpy(), examples.kernels[rest].numpy()))
     all_hoped, all_errors = np.concatenate(hoped), np.concatenate(errors)
-    assert spearmanr(all_hoped, all_errors).statistic > 0.6
+    assert spearmanr(all_hoped, all_errors).statistic > 0.8
     assert 0.5 < np.median(all_hoped / all_errors) < 2
 
 
@@ -236,6 +237,7 @@ def test_an_adapted_run_speaks_of_its_copy(folder: Path) -> None:
     assert psftrain("adapt", folder / "fit", *given).code == 0
     ran = psftrain("eval", folder / "lone", "--json")
     assert ran.document["n"] == 9
+    assert ran.document["adapted"]
     assert ran.document["train_store"] == str(folder / "one.zarr")
     assert {"rbf_tps", "bilinear"} <= ran.document["rows"].keys()
     shown = psftrain("show", folder / "lone").out

@@ -148,7 +148,7 @@ def test_the_section_owns_up_to_misses(kept: tuple[Setting, dict[str, Any]]) -> 
     told = "\n".join(copies_section.copies({**about, "sets": [{**found, "ratios": {"rbf": good, "pca": good}}]}))
     assert "- Small: 0.200 (95 % bound 0.300) of thin-plate RBF through the nine (target 0.45, aim 0.3: held)" in told
     bad = {"mean": 0.44, "mean_bound": 0.46}
-    rows = [{"measured": [9], "n": 500, "spearman": 0.79, "median_ratio": 1.0}]
+    rows = [{"measured": [9], "n": 500, "spearman": 0.79, "median_ratio": 1.0, "spearman_of_means": 0.9}]
     moments = {
         name: {"off": 0.2, "off_interval": [0.1, 0.3], "ratio": 1, "ratio_interval": [1, 1]} for name in draws.MOMENTS
     }

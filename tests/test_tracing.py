@@ -139,9 +139,12 @@ def test_what_tracing_is_worth_is_told(error: float, ms: float, expected: str) -
         "prior_mean": {"ms_per_psf": 0.2},
         "trace": {"rel_l2": {"mean": error}, "ms_per_psf": ms, "spp": 64, "n": 256, "prior_mean_there": 0.1},
     }
-    (told,) = report.remarks({"rows": rows, "left_out": {}})
+    (told,) = report.remarks({"adapted": False, "rows": rows, "left_out": {}})
     assert expected in told
     assert ("TRACE IT" in told) == (error <= 0.1 and ms <= 0.2)
+    (told,) = report.remarks({"adapted": True, "rows": rows, "left_out": {}})
+    assert "TRACE IT" not in told
+    assert "only a simulation knows" in told
 
 
 def test_another_specimen_is_named(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

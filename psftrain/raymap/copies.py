@@ -52,7 +52,7 @@ SLIGHT = 0.02  # the gain in misfit below which a round is not repeated
 FIRM = 1e-2  # holds the design where the misalignment of a copy is looked for
 LOST = 1.5  # times the misfit of the better half: such a copy is in another valley
 FEWEST = 4  # copies that make up the first loadings
-WEAK = 0.1  # of the misfit: loadings that change kernels less are left out
+WEAK = 0.03  # of the misfit: loadings that change kernels less are left out; many stand for squares of others
 MOVES = 6  # most steps of the latents in a round
 HALVINGS = 4  # of a step that makes the fit worse, until it is given up
 
@@ -69,7 +69,7 @@ def fit_family(
     captured: Array,
     wavelength_um: Array,
     *,
-    latent: int = 32,
+    latent: int = 64,
     seed: int,
     threads: Executor,
     done: Callable[[float], None] = lambda share: None,
