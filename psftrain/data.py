@@ -155,7 +155,8 @@ def _require_equal(expected: dict[str, Any], found: dict[str, Any], what: str) -
     for key, value in expected.items():
         if found.get(key) != value:
             there, here = (str(v)[:12] if key.endswith("sha256") else v for v in (found.get(key), value))
-            raise RunMismatch(f"{what}: {key} is {there}, but {here} was trained on")
+            another = ": another lens" if key == "lens_sha256" else ""
+            raise RunMismatch(f"{what}: {key} is {there}, but {here} was trained on{another}")
 
 
 def open_stores(paths: Sequence[str], array: str) -> list[Store]:

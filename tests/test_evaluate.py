@@ -653,7 +653,7 @@ def test_a_run_on_copies_has_no_classical_rows(tmp_path: Path) -> None:
 # --- what does not fit ------------------------------------------------------------------------------------------------
 
 MISMATCH: dict[str, tuple[dict[str, Any], str]] = {
-    "lens": ({"lens_text": '{"info": "another"}'}, "lens_sha256 is "),
+    "lens": ({"lens_text": '{"info": "another"}'}, "lens_sha256 is .*, but .* was trained on: another lens"),
     "pitch": ({"pitch_um": 5.0}, r"pitch_um is 5\.0, but 4\.0 was trained on"),
     "kernel_px": ({"kernel_px": 15}, "kernel_px is 15, but 10"),
     "bins": ({"bins": 10}, "bins is 10, but 5"),
