@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from psfgen.select import Selection
-from psfgen.show import metres, page_name, page_paths, save, sharpest
+from psfgen.show import metres, page_name, page_paths, require_writable, save, sharpest
 from psfgen.store import Store
 from psfgen.tables import save_csv
 
@@ -198,6 +198,7 @@ def run(
 
     Raises StoreError for a file not written, and what reading the store does.
     """
+    require_writable(picture, csv_file)
     store = selection.store
     found = list(pages(selection, on_points))
     title = f"{store.attrs['lens']['name']}   engine {store.attrs['engine']}"

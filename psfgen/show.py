@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -139,6 +142,26 @@ def page_paths(out: Path, names: list[str]) -> list[Path]:
     return [out] if len(names) == 1 else [out.with_name(f"{out.stem}-{name}{out.suffix or '.png'}") for name in names]
 
 
+def require_writable(picture: str | None, table: str | None) -> None:
+    """Raise StoreError where one of these files cannot be written: better before the work than after it.
+
+    Nothing is left there. A picture without a suffix may be a folder, beside which pages go.
+    """
+    for what, option, name in (("picture", "--out", picture), ("table", "--csv", table)):
+        if name is None:
+            continue
+        path = Path(name)
+        try:
+            if path.is_dir() and (what == "table" or path.suffix):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            folder = next(folder for folder in path.absolute().parents if folder.exists())
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            told = f"{what} {name} cannot be written: {error.strerror}; choose another {option}"
+            raise StoreError(told) from None
+
+
 def sharpest(store: Store, focus: int) -> int:
     """The depth that is most in focus at a focus distance; indices."""
     return int(np.argmin(np.abs(store.coords["depth_dioptre"] - store.coords["focus_dioptre"][focus])))
@@ -150,7 +173,8 @@ def save(figure: Figure, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=100)
     except (OSError, ValueError) as error:
-        raise StoreError(f"picture {path} cannot be written: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StoreError(f"picture {path} cannot be written: {reason}; choose another --out") from None
 
 
 def _draw(store: Store, focus: int, depth: int, copy: int) -> Figure:

@@ -25,7 +25,7 @@ from psfgen.optics.prescription import foreign_surface
 from psfgen.optics.wavefront import Pupil
 from psfgen.optics.zernike import COUNT, ORDERS
 from psfgen.render import load
-from psfgen.show import metres, page_name, page_paths, save, spread
+from psfgen.show import metres, page_name, page_paths, require_writable, save, spread
 from psfgen.specimens import Specimens
 from psfgen.tables import save_csv
 
@@ -138,6 +138,7 @@ def run(
     on_wavefront: Callable[[], object] = lambda: None,
 ) -> tuple[dict[str, Any], str]:
     """Look at all wavefronts; returns them as plain data and as text. Raises StoreError for a file not written."""
+    require_writable(picture, csv_file)
     lines, rows = [heading(survey)], []
     paths: dict[str, Any] = {}
     drawn = page_paths(Path(picture), survey.names) if picture else [None] * len(survey.names)

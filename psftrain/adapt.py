@@ -129,7 +129,12 @@ def _write(trained: Trained, found: Adapted, store: str) -> None:
         "conditioning": conditioning_document(trained.conditioning),
         "plan_sha256": [str(open_store(store).attrs["plan_sha256"])],
     }
-    about = {"adapted_from": str(trained.path), "adapted_to": store, "kernels": found.kernels}
+    about = {
+        "adapted_from": str(trained.path),
+        "adapted_to": store,
+        "kernels": found.kernels,
+        "trained_on": trained.plans,
+    }
     with landing(found.run) as folder:
         runs.prepare(folder, config, identity, about)
         state = {"model": trained.model.state_dict(), "ema": None, "step": trained.step, "ended": True}

@@ -23,11 +23,11 @@ from psfgen.errors import ConfigError, FitError, PlanMismatch, StoreError, progr
 from psfgen.store import Store, open_store, schema
 from psfgen.store.open import format_of, is_store, store_class
 from psfgen.store.place import is_url
-from psftrain.data import fingerprint, open_stores, require_same
 from psftrain.density import Asked, nodes_for
 from psftrain.fidelity import Coords, Nodes, baking_error, compared, parts
 from psftrain.landing import landing
 from psftrain.light import light_between, sensor_between
+from psftrain.origin import training_stores
 from psftrain.places import Array
 from psftrain.predict import PsfModel
 from psftrain.room import memory_bytes, text
@@ -53,10 +53,7 @@ def bake(model: PsfModel, grid: int | None, depth: str | None, focus: str | None
     if is_url(to) or format_of(to) != "zarr":
         raise ConfigError(f"--out {to}: a table is a Zarr folder on a disk; write a name such as table.zarr")
     trained, out = model.trained, Path(to)
-    stores = open_stores(trained.config.store, trained.config.data.array)
-    for store in stores:
-        found = fingerprint([store], trained.config.data.array)
-        require_same(trained.fingerprint, found, f"training store {store.path}")
+    stores = training_stores(trained)
     coords = _coordinates(model, stores[0], grid, depth, focus)
     plan = _plan(model, stores, coords)
     table = _existing(out, plan)

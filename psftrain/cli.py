@@ -35,6 +35,15 @@ def _first() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
+def _on_disk(out: str) -> Path:
+    """The path that --out names. Raises ConfigError for a URL."""
+    from psfgen.store.place import is_url
+
+    if is_url(out):
+        raise ConfigError(f"--out {out}: this is written to a disk; name a path there, and upload it afterwards")
+    return Path(out)
+
+
 @click.group(
     invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
@@ -132,17 +141,18 @@ def evaluate(
 
     RUN is a run directory; without it the newest in runs/.
     """
-    from psfgen.store import open_store
     from psfgen.store.schema import json_text
     from psftrain import report as reports
     from psftrain import run as runs
     from psftrain.evaluate import evaluate as score
     from psftrain.heldout import heldout_command
+    from psftrain.origin import stores_of
 
+    folder = _on_disk(out) if out else None
     trained = runs.load_run(Path(run) if run else runs.newest())
     found = score(trained, store, baselines=not no_baselines)
-    advice = heldout_command(open_store(runs.stores_of(trained)[0]), trained.path)
-    paths = reports.write(found, Path(out) if out else trained.path / "eval", advice)
+    advice = heldout_command(stores_of(trained)[0], trained.path)
+    paths = reports.write(found, folder or trained.path / "eval", advice)
     if as_json:
         click.echo(json_text({**found.report, "command": "eval", "ok": True, "paths": _texts(paths)}))
     else:
@@ -158,9 +168,9 @@ def evaluate(
 @click.option("--depth", metavar="D", help="Depths of the grid. [the trained one]")
 @click.option("--focus", metavar="D", help="Focus distances of the grid. [the trained one]")
 @click.option("--wavelength", metavar="L", help="Wavelengths in um, also between those trained on. [the trained ones]")
-@click.option("--outside", is_flag=True, help="Guess also outside what was trained on; such points are flagged.")
+@click.option("--outside", is_flag=True, help="Guess also outside the field and distances trained on; flagged.")
 @click.option("--prior", "copies", type=int, metavar="M", help="M plausible copies of the lens, drawn from the prior.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Draws the copies. [0]")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Draws the copies of --prior. [0]")
 @click.option("--out", metavar="FILE", required=True, help="A .npz file or a .zarr folder.")
 @common
 def sample(
@@ -172,7 +182,7 @@ def sample(
     wavelength: str | None,
     outside: bool,
     copies: int | None,
-    seed: int,
+    seed: int | None,
     out: str,
     verbose: bool,
     as_json: bool,
@@ -185,7 +195,10 @@ def sample(
         raise ConfigError("give either --grid N or --at CSV")
     if at is not None and (depth or focus):
         raise ConfigError("--at brings its own depth_mm and focus_mm; leave out --depth and --focus")
-    sampling.require_new(Path(out))
+    if seed is not None and copies is None:
+        raise ConfigError(f"--seed {seed} draws copies; give --prior M too, or leave it out")
+    path = _on_disk(out)
+    sampling.require_new(path)
     trained = load_run(Path(run))
     if at is not None:
         points, shape = sampling.csv_points(at), None
@@ -196,8 +209,8 @@ def sample(
         if copies is None:
             kernels = sampling.sample(model, points, outside=outside)
         else:
-            kernels = sampling.draw(model, points, copies, seed, outside=outside)
-        sampling.write(Path(out), model, kernels, points, shape)
+            kernels = sampling.draw(model, points, copies, seed or 0, outside=outside)
+        sampling.write(path, model, kernels, points, shape)
     _answer("sample", {"paths": {"out": out}, "kernels": len(points)}, f"{out}: {len(points)} points", as_json)
     return 0
 
@@ -216,7 +229,7 @@ def adapt(run: str, store: str, copy: int | None, out: str | None, verbose: bool
     from psftrain.adapt import adapt as infer
     from psftrain.run import load_run
 
-    folder = Path(out) if out else Path(f"{run.rstrip('/')}-adapted")
+    folder = _on_disk(out) if out else Path(f"{run.rstrip('/')}-adapted")
     with ended_by_signals(NOTHING):
         done = infer(load_run(Path(run)), store, copy, folder)
     text = (
@@ -249,7 +262,7 @@ def show(run: str | None, out: str | None, verbose: bool, as_json: bool) -> int:
     if log.scalars and not state["solved"]:
         from psftrain.curves import draw
 
-        curves = draw(log, showing.title(state), Path(out) if out else folder / "curves.png")
+        curves = draw(log, showing.title(state), _on_disk(out) if out else folder / "curves.png")
     paths = {"run": str(folder), **({"curves": str(curves)} if curves else {})}
     _answer("show", {**state, "paths": paths}, showing.as_text(state, curves), as_json)
     return 0
@@ -270,7 +283,7 @@ def export(run: str, formats: tuple[str, ...], out: str | None, verbose: bool, a
     from psftrain.export import export as write
     from psftrain.run import load_run
 
-    done = write(load_run(Path(run)), formats, Path(out) if out else Path(run) / "export")
+    done = write(load_run(Path(run)), formats, _on_disk(out) if out else Path(run) / "export")
     lines = [f"{done.paths['config']}: inputs, outputs, units"]
     lines += [f"{done.paths[name]}: differs from the model by at most {d:.2g}" for name, d in done.differences.items()]
     document = {"paths": _texts(done.paths), "differences": done.differences}

@@ -19,12 +19,13 @@ from psfgen.store.schema import plain
 from psftrain import bootstrap, calibration, heldout, metrics
 from psftrain.baselines import best_classical
 from psftrain.config import FitConfig
-from psftrain.data import Examples, fingerprint, open_stores, read_examples, require_same, withhold
+from psftrain.data import Examples, read_examples, withhold
 from psftrain.losses import ACTIVE_NATS, kl_per_dim
 from psftrain.models.solved import SolvedCVAE
+from psftrain.origin import adapted_to, stores_of
 from psftrain.regression import regress
 from psftrain.rows import Predict, classical_rows, kept_distances, model_rows, predict_all, regression_row
-from psftrain.run import Trained, stores_of
+from psftrain.run import Trained
 from psftrain.tracing import Traced, trace
 
 log = logging.getLogger(__name__)
@@ -91,9 +92,7 @@ class _Task:
     def of(cls, trained: Trained, held_out: str | None) -> _Task:
         """Read both. Raises RunMismatch where they do not fit the run."""
         array = trained.config.data.array
-        train_stores = open_stores(stores_of(trained), array)
-        for store in train_stores:
-            require_same(trained.fingerprint, fingerprint([store], array), f"training store {store.path}")
+        train_stores = stores_of(trained)
         everything = read_examples(train_stores, trained.conditioning, array)
         train = everything.of(withhold(everything.places, trained.config.data, trained.config.seed)[0])
         if held_out is None:
@@ -235,7 +234,7 @@ def _document(trained: Trained, task: _Task, scores: _Scores) -> dict[str, Any]:
         "run": str(trained.path),
         "train_store": paths[0] if len(paths) == 1 else paths,
         "heldout_store": task.path,
-        "adapted": stores_of(trained) != list(trained.config.store),
+        "adapted": adapted_to(trained) is not None,
         "held_out": task.unseen,
         "n": len(scores.truth),
         "n_masked": task.held.masked + int((~scores.scored).sum()),

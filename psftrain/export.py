@@ -136,6 +136,7 @@ def describe(model: PsfModel) -> dict[str, Any]:
         "config": plain(trained.config.model_dump()),
         "conditioning": conditioning_document(trained.conditioning),
         "fingerprint": trained.fingerprint,
+        "plan_sha256": trained.plans,
     }
 
 

@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,13 +191,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def stores_of(trained: Trained) -> list[str]:
-    """The stores of the specimens that a run answers for: those trained on, or that of the copy it was adapted to."""
-    facts = trained.path / "run.json"
-    adapted: str | None = read_json(facts).get("adapted_to") if facts.exists() else None
-    return [adapted] if adapted else list(trained.config.store)
-
-
 def newest(folder: Path = Path("runs")) -> Path:
     """The run trained last. Raises RunMismatch where there is none."""
     runs = [path.parent for path in folder.glob("*/config.yaml") if (path.parent / "checkpoints").is_dir()]
@@ -216,6 +209,7 @@ class Trained:
     conditioning: Conditioning
     fingerprint: dict[str, Any]
     step: int
+    plans: Sequence[str] | None  # plan_sha256 of config.store, where that is known
 
 
 def initial_weights(run: Path, model: CVAE, config: ModelConfig) -> None:
@@ -280,7 +274,8 @@ def trained_from(path: Path, document: dict[str, Any], weights: dict[str, Tensor
         raise RunMismatch(
             f"checkpoint of {path} does not fit its config ({' '.join(str(error).split())[:120]})"
         ) from None
-    return Trained(path, model.eval(), config, conditioning, fingerprint, int(document["step"]))
+    plans = document.get("trained_on" if "adapted_from" in document else "plan_sha256")
+    return Trained(path, model.eval(), config, conditioning, fingerprint, int(document["step"]), plans)
 
 
 def _as_yaml(value: Any) -> Any:

@@ -49,23 +49,35 @@ def csv_points(path: str) -> NDArray[Any]:
     """Points [P, 4] from a CSV file with the columns field_x, field_y, depth_mm, focus_mm."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows, names = list(reader), list(reader.fieldnames or ())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"--at {path} cannot be read: {getattr(error, 'strerror', None) or 'not a text file'}"
         ) from None
+    if not rows:
+        raise ConfigError(f"--at {path} holds no points; write a header line {','.join(COLUMNS)} and a line a point")
+    for name in COLUMNS:
+        if names.count(name) != 1:
+            has = "no column" if name not in names else "more than one column"
+            raise ConfigError(f"--at {path} has {has} '{name}'; needed: {', '.join(COLUMNS)}")
     points = []
     for number, row in enumerate(rows, start=2):
+        if None in row or None in row.values():  # what is beyond the header, or missing
+            raise ConfigError(f"--at {path}, line {number}: as many values as the {len(names)} columns are needed")
         try:
-            field = [float(row[name]) for name in COLUMNS[:2]]
+            field = [_finite(name, row[name]) for name in COLUMNS[:2]]
             points.append([*field, *(parse_distance_mm(row[name]) for name in COLUMNS[2:])])
-        except KeyError as missing:
-            raise ConfigError(f"--at {path} has no column {missing}; needed: {', '.join(COLUMNS)}") from None
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise ConfigError(f"--at {path}, line {number}: {error}") from None
-    if not points:
-        raise ConfigError(f"--at {path} holds no points; write a header line {','.join(COLUMNS)} and a line a point")
     return np.array(points)
+
+
+def _finite(name: str, text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} {text} is not finite")
+    return value
 
 
 def model_for(trained: Trained, wavelength: str | None) -> PsfModel:
@@ -103,7 +115,11 @@ def require_new(path: Path) -> None:
     """Raise ConfigError unless `write` can write there."""
     if path.suffix not in (".npz", ".zarr"):
         raise ConfigError(f"--out {path}: write a name that ends in .npz or .zarr")
-    if path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:  # such as a name that is too long
+        raise ConfigError(f"--out {path} cannot be written: {error.strerror}; choose another name") from None
+    if exists:
         raise ConfigError(f"--out {path} exists; choose another name")
 
 

@@ -282,6 +282,15 @@ def test_bad_input_is_one_line(psfgen: Psfgen, finished: Path, args: tuple[str, 
     assert re.fullmatch(rf"error: {line}", ran.err.splitlines()[-1])
 
 
+def test_what_cannot_be_written_is_told_before_the_work(psfgen: Psfgen, finished: Path) -> None:
+    Path("m.csv").mkdir()
+    ran = psfgen("mtf", finished, "--out", "m.png", "--csv", "m.csv")
+    assert ran.code == 1
+    assert ran.err.endswith("error: table m.csv cannot be written: Is a directory; choose another --csv\n")
+    assert "18/18" not in ran.err
+    assert not Path("m.png").exists()
+
+
 def test_a_table_for_which_there_is_no_space_leaves_the_old_one(disk: Disk, finished: Path, psfgen: Psfgen) -> None:
     disk.remount("size=8k")
     (disk.path / "m.csv").write_text("before")

@@ -285,6 +285,7 @@ def test_columns_are_found_by_name(run: Path, tmp_path: Path, text: str) -> None
         (["--at", "none.csv"], "--at none.csv cannot be read: No such file"),
         (["--at", "."], "--at . cannot be read"),
         (["--grid", 0, "--depth", "2m"], "--grid 0: at least 1"),
+        (["--grid", 2, "--depth", "2m", "--seed", 5], "--seed 5 draws copies; give --prior M too"),
         (["--grid", 2], "trained on a range of depth; say which with --depth"),
         (["--grid", 2, "--depth", "far"], "--depth far: 'far' is no distance"),
         (["--grid", 2, "--depth", "-1m"], "--depth -1m: .*not positive"),
@@ -318,11 +319,14 @@ HEADER = "field_x,field_y,depth_mm,focus_mm\n"
         (HEADER + "0,0,near,2000\n", "line 2: 'near' is no distance"),
         (HEADER + "0,0,0,2000\n", "line 2: distance 0 is not positive"),
         (HEADER + "0,0,nan,2000\n", "line 2: .*not positive"),
-        (HEADER + "0,0\n", "line 2: "),
+        (HEADER + "0,0\n", "line 2: as many values as the 4 columns are needed"),
+        (HEADER + "0,0,1500,2000,7\n", "line 2: as many values as the 4 columns are needed"),
+        (HEADER.strip() + ",field_x\n0,0,1500,2000,0.5\n", "more than one column 'field_x'; needed: field_x, field_y"),
+        ("field_x,field_y\n0\n", "no column 'depth_mm'; needed: "),
         (HEADER + "0.9,0,1500,2000\n", "field 0.9 is outside the field trained on, up to 0.8"),
         (HEADER + "0,-0.801,1500,2000\n", "field 0.801 is outside the field"),
-        (HEADER + "nan,0,1500,2000\n", "field nan is outside"),
-        (HEADER + "0,inf,1500,2000\n", "field inf is outside"),
+        (HEADER + "nan,0,1500,2000\n", "line 2: field_x nan is not finite"),
+        (HEADER + "0,inf,1500,2000\n", "line 2: field_y inf is not finite"),
         (HEADER + "0,0,900,2000\n", "depth 900 mm is outside the range trained on, 1000 mm to inf"),
         (HEADER + "0,0,1500,inf\n", "focus inf is outside the range trained on, 2000 mm to 2000 mm"),
         ("field_x,field_y,depth_mm,focus_mm\n\xff,0,1,1\n", "not a text file"),
@@ -342,6 +346,26 @@ def test_the_name_says_the_format(single: Path, tmp_path: Path, name: str) -> No
     assert ran.code == 2
     assert "write a name that ends in .npz or .zarr" in one_line_error(ran)
     assert not contents(tmp_path)
+
+
+def test_a_url_is_no_folder_here(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        ("sample", single, "--grid", 2),
+        ("export", single),
+        ("eval", single),
+        ("adapt", single, "--store", 1),
+    ):
+        ran = psftrain(*words, "--out", "memory://a/b.npz")
+        assert ran.code == 2
+        assert "--out memory://a/b.npz: this is written to a disk" in one_line_error(ran)
+    assert not contents(tmp_path)
+
+
+def test_a_name_that_is_too_long(single: Path, tmp_path: Path) -> None:
+    ran = psftrain("sample", single, "--grid", 2, "--out", tmp_path / f"{'x' * 300}.npz")
+    assert ran.code == 2
+    assert "cannot be written: File name too long; choose another name" in one_line_error(ran)
 
 
 @pytest.mark.parametrize("name", ["a.npz", "a.zarr"])
@@ -373,7 +397,7 @@ def test_places_too_far_for_a_guess(single: Path, tmp_path: Path) -> None:
     points, out = tmp_path / "points.csv", tmp_path / "k.npz"
     for place, message in (
         ("1e30,0,inf,2000", "field 1e+30 is too far outside the field trained on"),
-        ("nan,0,inf,2000", "field nan is too far outside"),
+        ("nan,0,inf,2000", "line 2: field_x nan is not finite"),
     ):
         points.write_text(f"{','.join(COLUMNS)}\n{place}\n")
         assert message in one_line_error(psftrain("sample", single, "--at", points, "--outside", "--out", out))

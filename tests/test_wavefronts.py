@@ -319,6 +319,15 @@ def test_bad_input_is_one_line(psfgen: Psfgen, args: tuple[str, ...], code: int,
     assert re.fullmatch(rf"error: {line}", ran.err.splitlines()[-1])
 
 
+def test_what_cannot_be_written_is_told_before_the_work(psfgen: Psfgen) -> None:
+    Path("w.csv").mkdir()
+    ran = psfgen("wavefront", *SMALL, "--grid", 1, "--out", "w.png", "--csv", "w.csv")
+    assert ran.code == 1
+    assert ran.err.endswith("error: table w.csv cannot be written: Is a directory; choose another --csv\n")
+    assert "1/1" not in ran.err
+    assert not Path("w.png").exists()
+
+
 def test_a_lens_without_a_table_is_refused(psfgen: Psfgen, tmp_path: Path) -> None:
     def strange(document: dict[str, Any]) -> None:
         document["surfaces"][0] |= {"type": "Aspheric", "k": 0.0, "use_ai2": True, "ai": [0.0] * 11}
