@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +53,7 @@ SLIGHT = 0.02  # the gain in misfit below which a round is not repeated
 FIRM = 1e-2  # holds the design where the misalignment of a copy is looked for
 LOST = 1.5  # times the misfit of the better half: such a copy is in another valley
 FEWEST = 4  # copies that make up the first loadings
-WEAK = 0.03  # of the misfit: loadings that change kernels less are left out; many stand for squares of others
+WEAK = 0.03  # of the misfit: loadings of ENOUGH copies that change kernels less are left out; many stand for squares
 MOVES = 6  # most steps of the latents in a round
 HALVINGS = 4  # of a step that makes the fit worse, until it is given up
 
@@ -119,6 +120,11 @@ def _noise(known: Sequence[Posterior]) -> Array:
     return found
 
 
+def _least(misfit: float | np.floating[Any], copies: int) -> float:
+    """What a loading has to change in kernels to be told from chance, which grows as copies become few."""
+    return float(WEAK * np.sqrt(ENOUGH / min(copies, ENOUGH)) * misfit)
+
+
 def _first_loadings(copies: Sequence[Copy], base: RayMap, latent: int, threads: Executor) -> tuple[Shared, Array]:
     """The loadings by which maps of each copy alone differ, where these were found, and their misfit [W]."""
     turns = Turns(Terms(COARSE))
@@ -140,7 +146,7 @@ def _first_loadings(copies: Sequence[Copy], base: RayMap, latent: int, threads: 
         np.concatenate([errors.real, errors.imag]) / np.sqrt(2 * len(good)),
         hessians,
         latent,
-        WEAK * np.sqrt(misfit.sum()),
+        _least(np.sqrt(misfit.sum()), len(copies)),
     )
     return shared, misfit
 
@@ -226,7 +232,7 @@ def _whitened(shared: Shared, known: Sequence[Posterior], hessians: Array, laten
         np.tensordot(cholesky(of_errors), errors, axes=1),
         hessians,
         latent,
-        WEAK * np.linalg.norm(_noise(known)),
+        _least(np.linalg.norm(_noise(known)), len(known)),
     )
     new = [np.stack(part, axis=1) for part in zip(*((r.errors, r.design[1:]) for r in found.rows), strict=True)]
     turned = _expressed(errors, new[0])
